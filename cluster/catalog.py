@@ -1,0 +1,42 @@
+"""The rooms above, known only by dotted names, so that the command line starts without loading them."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+SECTIONS = {
+    "data": "jobs.data.config:DataConfig",
+    "model": "jobs.model.config:ModelConfig",
+    "pretrain": "jobs.training.config:PretrainConfig",
+    "finetune": "jobs.training.config:FinetuneConfig",
+    "tune": "tuning.config:TuneConfig",
+    "export": "jobs.training.config:ExportConfig",
+    "serve": "serving.config:ServeConfig",
+}
+"""Recipe sections, each a pydantic model of the room that owns it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: `target` is called with the run and returns its JSON-serialisable result."""
+
+    name: str
+    target: str
+    title: str
+
+
+STAGES = (
+    Stage("ingest", "jobs.ingest:run_stage", "Ingest"),
+    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train"),
+    Stage("tune", "tuning.search:run_stage", "Search from the pre-trained start"),
+    Stage("baseline", "tuning.search:run_baseline_stage", "Search from scratch"),
+    Stage("export", "jobs.export:run_stage", "Export and register"),
+    Stage("deploy", "serving.deploy:run_stage", "Deploy and check"),
+)
+"""The stages of `helio run`, in order."""
+
+
+def load(target: str) -> Any:
+    """Import `package.module:name` and return the object."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,43 @@
+"""Keeps the noise of Ray, TensorFlow and their processes out of the user's way and in the run's log file."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+class Output:
+    """The user's own standard output and error, kept apart from what the libraries print."""
+
+    def __init__(self) -> None:
+        self.results: IO[str] = sys.stdout
+        self.messages: IO[str] = sys.stderr
+
+    @contextlib.contextmanager
+    def noise_to(self, log_file: Path) -> Iterator[None]:
+        """Send everything written to descriptors 1 and 2, by C++ code and child processes too, to `log_file`.
+
+        `results` and `messages` go on writing to the user.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        user = [os.dup(1), os.dup(2)]
+        log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        before = (self.results, self.messages)
+        with os.fdopen(user[0], "w", buffering=1) as results, os.fdopen(user[1], "w", buffering=1) as messages:
+            self.results, self.messages = results, messages
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os.dup2(results.fileno(), 1)
+                os.dup2(messages.fileno(), 2)
+                self.results, self.messages = before

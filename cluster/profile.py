@@ -1,0 +1,119 @@
+"""A profile: where and on what a run executes. The recipe never says."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.errors import RecipeError
+from cluster.schema import Section, nearest, read_document, validate
+
+SHIPPED = Path(__file__).resolve().parent / "profiles"
+
+
+class TrainResources(Section):
+    """The workers of pre-training."""
+
+    workers: int = Field(default=2, ge=1)
+    cpus_per_worker: float = Field(default=0.5, gt=0)
+    """Ray CPUs. On one machine a share is left to the tasks that decode and augment."""
+    gpus_per_worker: Literal[0, 1] = 0
+    """One replica a worker; more GPUs mean more workers."""
+    threads_per_worker: int = Field(default=1, ge=1)
+    """TensorFlow's threads in each worker."""
+
+
+class DataResources(Section):
+    """The Ray Data tasks that ingest, decode and augment."""
+
+    cpus_per_task: float = Field(default=0.25, gt=0)
+    tasks_per_worker: int = Field(default=2, ge=1)
+    """How many of them run at once for each training worker."""
+
+
+class TrialResources(Section):
+    """The trials of a search; export retrains with the same share."""
+
+    concurrent: int = Field(default=2, ge=1)
+    cpus_per_trial: float = Field(default=1.0, gt=0)
+    gpus_per_trial: float = Field(default=0.0, ge=0)
+    threads_per_trial: int = Field(default=1, ge=1)
+
+
+class ReplicaResources(Section):
+    """One Serve replica."""
+
+    cpus: float = Field(default=0.5, gt=0)
+    gpus: float = Field(default=0.0, ge=0)
+    threads: int = Field(default=1, ge=1)
+
+
+class Profile(Section):
+    """Where a run executes: this machine (`address` empty) or a Ray cluster."""
+
+    name: str
+    address: str | None = None
+    """Address of a running Ray cluster; none starts Ray on this machine for the length of the command."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a Ray started here; none takes all."""
+    num_gpus: int | None = Field(default=None, ge=0)
+    """Logical GPUs of a Ray started here; none takes all that Ray sees."""
+    object_store_gb: float = Field(default=1.0, gt=0.1)
+    """Shared memory of a Ray started here, GiB."""
+    storage: str = "helio-workspace"
+    """Directory of data sets, runs and the registry; every node must see it under this path."""
+    auth_mode: Literal["disabled", "token"] = "disabled"
+    """Ray's own authentication (RAY_AUTH_MODE)."""
+    train: TrainResources = TrainResources()
+    data: DataResources = DataResources()
+    trials: TrialResources = TrialResources()
+    replicas: ReplicaResources = ReplicaResources()
+
+    @model_validator(mode="after")
+    def _storage_is_a_directory(self) -> "Profile":
+        if "://" in self.storage:
+            raise ValueError(
+                f"storage must be a directory that every node sees, got {self.storage!r}: mount the bucket or use NFS"
+            )
+        return self
+
+    @property
+    def storage_path(self) -> Path:
+        """The storage directory, absolute."""
+        return Path(os.path.expanduser(self.storage)).resolve()
+
+    def needs(self) -> dict[str, tuple[float, float]]:
+        """(CPUs, GPUs) that each kind of stage asks of the cluster at its peak."""
+        train, trials, replica = self.train, self.trials, self.replicas
+        return {
+            "pretrain": (
+                train.workers * train.cpus_per_worker + self.data.cpus_per_task,
+                float(train.workers * train.gpus_per_worker),
+            ),
+            "tune": (trials.concurrent * trials.cpus_per_trial, trials.concurrent * trials.gpus_per_trial),
+            "deploy": (replica.cpus, replica.gpus),
+        }
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """The profiles that come with helio, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load_profile(reference: str, overrides: Sequence[str] = ()) -> Profile:
+    """Load a profile file, or a shipped profile by name; overrides read `profile.key=value`.
+
+    Raises RecipeError, one line, for anything that does not validate.
+    """
+    path = Path(reference)
+    if reference in shipped_profiles():
+        document = read_document(shipped_profiles()[reference], f"profile {reference}")
+    elif path.is_file():
+        document = read_document(path)
+    else:
+        raise RecipeError(f"no profile file {reference!r} and no shipped profile{nearest(reference, shipped_profiles())}")
+    for override in overrides:
+        document.override(override.removeprefix("profile."), Profile.model_fields)
+    return validate(Profile, document.data, document)

@@ -1,0 +1,65 @@
+"""How far a run is: bars with rate and time left on a terminal, one line an interval otherwise."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Task:
+    """One piece of work that is under way."""
+
+    def __init__(self, progress: "RunProgress", title: str, total: float, unit: str) -> None:
+        self._progress, self._title, self._total, self._unit = progress, title, total, unit
+        self._started = self._told = time.monotonic()
+        self._first: float | None = None
+        self._bar = progress.bars.add_task(title, total=total, figures="") if progress.bars else None
+
+    def update(self, done: float, **figures: float) -> None:
+        """Tell that `done` of the total is done, with figures to show, as `loss=0.3`."""
+        now = time.monotonic()
+        if self._first is None:
+            # Work that a resumed run finds done does not count for the rate.
+            self._first, self._started = done, now
+        elapsed = now - self._started
+        rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
+        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        if self._progress.bars and self._bar is not None:
+            self._progress.bars.update(
+                self._bar, completed=done, figures=f"{rate:,.0f} {self._unit}/s  {shown}" if rate else shown
+            )
+        elif now - self._told >= self._progress.interval_s or done >= self._total:
+            self._told = now
+            left = f"{(self._total - done) / rate:,.0f} s left" if rate and done < self._total else ""
+            parts = [f"{done:,.0f}/{self._total:,.0f} {self._unit}", f"{rate:,.0f}/s" if rate else "", left, shown]
+            self._progress.say(f"  {self._title}: " + "  ".join(part for part in parts if part))
+
+
+class RunProgress:
+    """Writes to the user's terminal, or to whatever `stream` is."""
+
+    def __init__(self, stream: IO[str], interval_s: float = 10.0) -> None:
+        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.interval_s = interval_s
+        self.bars: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
+        """Show a piece of work for the length of the block."""
+        if not self.console.is_terminal:
+            yield Task(self, title, total, unit)
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console) as bars:
+            self.bars = bars
+            try:
+                yield Task(self, title, total, unit)
+            finally:
+                self.bars = None

@@ -1,0 +1,99 @@
+"""A recipe: the full description of a run, each section owned by its room."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from cluster import catalog
+from cluster.errors import RecipeError
+from cluster.schema import Document, Section, nearest, read_document, validate
+
+SHIPPED = Path(__file__).resolve().parent.parent / "jobs" / "recipes"
+
+S = TypeVar("S", bound=Section)
+
+
+class Header(Section):
+    """The part of a recipe that belongs to no room."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Names runs, the data set and the registered model."""
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """All randomness of the run derives from it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A validated recipe. `section(DataConfig)` returns the section of that type."""
+
+    header: Header
+    sections: dict[str, Section]
+
+    @property
+    def name(self) -> str:
+        return self.header.name
+
+    @property
+    def seed(self) -> int:
+        return self.header.seed
+
+    def section(self, kind: type[S]) -> S:
+        """The one section of type `kind`."""
+        for section in self.sections.values():
+            if isinstance(section, kind):
+                return section
+        raise KeyError(kind.__name__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe, every default written out, as plain data."""
+        return {**self.header.model_dump(), **{k: s.model_dump() for k, s in self.sections.items()}}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the resolved recipe, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with helio, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe file, or a shipped recipe by name, and apply `section.key=value` overrides.
+
+    Raises RecipeError, one line, for anything that does not validate.
+    """
+    path = Path(reference)
+    if reference in shipped_recipes():
+        document = read_document(shipped_recipes()[reference], f"{reference}.yaml")
+    elif path.is_file():
+        document = read_document(path)
+    else:
+        raise RecipeError(
+            f"no recipe file {reference!r} and no shipped recipe of that name"
+            f"{nearest(reference, shipped_recipes())} (`helio recipes` lists them)"
+        )
+    for override in overrides:
+        document.override(override, [*catalog.SECTIONS, *Header.model_fields])
+    return build_recipe(document)
+
+
+def build_recipe(document: Document) -> Recipe:
+    """Validate a document section by section. Raises RecipeError."""
+    for key in document.data:
+        if key not in catalog.SECTIONS and key not in Header.model_fields:
+            valid = [*catalog.SECTIONS, *Header.model_fields]
+            raise RecipeError(f"{document.where((key,))}: unknown section {key}{nearest(key, valid)}")
+    header = {k: v for k, v in document.data.items() if k in Header.model_fields}
+    sections = {
+        name: validate(catalog.load(target), document.data.get(name) or {}, document, (name,))
+        for name, target in catalog.SECTIONS.items()
+    }
+    return Recipe(validate(Header, header, document), sections)

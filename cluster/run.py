@@ -1,0 +1,162 @@
+"""A run: one execution of a recipe with its own directory, the record of its stages, and its log file.
+
+    <storage>/runs/<run>/
+        run.json            recipe, profile, versions
+        run.log             everything that helio, Ray and TensorFlow said
+        stages/<stage>.json result and seconds of each finished stage
+        results.json        the figures of the whole run
+        report.html
+"""
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cluster import catalog
+from cluster.errors import HelioError, RecipeError
+from cluster.profile import Profile, load_profile
+from cluster.progress import RunProgress
+from cluster.recipe import Recipe, build_recipe, load_recipe
+from cluster.schema import Document, validate
+
+PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
+
+
+@dataclass
+class Run:
+    """What a stage is given: its recipe and profile, where to write, whom to tell, what earlier stages found."""
+
+    recipe: Recipe
+    profile: Profile
+    directory: Path
+    progress: RunProgress
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    """What a stage leaves open for the rest of the command, as the endpoint."""
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def storage(self) -> Path:
+        """The workspace: data sets, runs, bundles and the registry."""
+        return self.profile.storage_path
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """The recorded result of a finished stage, or None."""
+        record = self._record(stage)
+        return None if record is None else record["result"]
+
+    def require(self, stage: str) -> dict[str, Any]:
+        """The result of a stage that must have finished. Raises HelioError."""
+        result = self.result(stage)
+        if result is None:
+            raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each finished stage, in the order of the stages."""
+        records = {stage.name: self._record(stage.name) for stage in catalog.STAGES}
+        return {name: record["seconds"] for name, record in records.items() if record}
+
+    def carry_out(self, stage: catalog.Stage) -> dict[str, Any]:
+        """Run a stage and record its result."""
+        started = time.monotonic()
+        result: dict[str, Any] = catalog.load(stage.target)(self)
+        seconds = round(time.monotonic() - started, 2)
+        write_json(self.directory / "stages" / f"{stage.name}.json", {"result": result, "seconds": seconds})
+        return result
+
+    def _record(self, stage: str) -> dict[str, Any] | None:
+        path = self.directory / "stages" / f"{stage}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
+    """Make the directory of a new run and record what it was asked to do."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    runs = profile.storage_path / "runs"
+    name, count = f"{recipe.name}-{stamp}", 1
+    while (runs / name).exists():
+        count += 1
+        name = f"{recipe.name}-{stamp}-{count}"
+    directory = runs / name
+    (directory / "stages").mkdir(parents=True)
+    write_json(
+        directory / "run.json",
+        {
+            "recipe": recipe.to_dict(),
+            "recipe_digest": recipe.digest,
+            "profile": profile.model_dump(),
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        },
+    )
+    return Run(recipe, profile, directory, progress)
+
+
+def open_run(
+    reference: str, profile: Profile | None, progress: RunProgress, recipe: str | None, overrides: Sequence[str]
+) -> Run:
+    """Open an existing run by name or directory, to go on with it on the profile it began with, or on `profile`.
+
+    Raises RecipeError when a recipe or overrides are given that differ from what the run began with.
+    """
+    runs = (profile or load_profile("local")).storage_path / "runs"
+    directory = next((d.resolve() for d in (runs / reference, Path(reference)) if (d / "run.json").is_file()), None)
+    if directory is None:
+        known = sorted(path.parent.name for path in runs.glob("*/run.json"))
+        listed = f"there are {', '.join(known[-5:])}" if known else "there is none yet"
+        raise HelioError(f"no run {reference!r} under {runs}: {listed}")
+    record = json.loads((directory / "run.json").read_text())
+    resolved = build_recipe(Document("run.json", record["recipe"]))
+    if recipe is not None or overrides:
+        given = load_recipe(recipe or resolved.name, overrides)
+        if given.digest != resolved.digest:
+            changed = ", ".join(_differences(resolved.to_dict(), given.to_dict()))
+            raise RecipeError(
+                f"run {directory.name} began with another recipe ({changed} differ): resume without it, or start anew"
+            )
+    if profile is None:
+        profile = validate(Profile, record["profile"], Document("run.json", record["profile"]))
+    # The storage of a run is where the run lies, whatever directory the command is called from.
+    profile = profile.model_copy(update={"storage": str(directory.parent.parent)})
+    return Run(resolved, profile, directory, progress)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda target: target.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a neighbour of `path`, then move it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(prefix + key)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,98 @@
+"""The Ray that a command runs on: started here for its length, or a cluster that is there already."""
+
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from cluster.errors import CapacityError, HelioError
+from cluster.profile import Profile
+
+
+def session_environment(profile: Profile) -> dict[str, str]:
+    """Environment variables that Ray and TensorFlow read in the driver and in every worker."""
+    return {
+        "RAY_AUTH_MODE": profile.auth_mode,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        # Ray Train would move its workers into a directory of its own, where relative paths mean something else.
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "KERAS_BACKEND": "tensorflow",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        # HAProxy learns of a leaving replica within a second; Ray's 30 s would hold up every stop.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
+    }
+
+
+def check_capacity(profile: Profile, kinds: Iterable[str], cpus: float, gpus: float, where: str) -> None:
+    """Raise CapacityError when a stage of `kinds` asks for more than there is at all."""
+    needs = profile.needs()
+    mends = {"pretrain": "train.workers", "tune": "trials.concurrent", "deploy": "replicas.cpus"}
+    for kind in kinds:
+        need_cpus, need_gpus = needs[kind]
+        for need, there, resource in ((need_cpus, cpus, "CPUs"), (need_gpus, gpus, "GPUs")):
+            if need > there + 1e-9:
+                raise CapacityError(
+                    f"profile {profile.name} asks for {need:g} {resource} in {kind}, {where} has {there:g}: "
+                    f"lower {mends[kind]} (or profile.{mends[kind]}=… on the command line)"
+                )
+
+
+def local_cpus(profile: Profile) -> int:
+    """Logical CPUs of a Ray that would be started here."""
+    return profile.num_cpus or len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
+    """Connect to Ray, or start it, for the length of the block.
+
+    A Ray that this process has open already is used as it is. Raises CapacityError before any work begins when
+    one of `kinds` can never be placed, HelioError when the cluster cannot be reached.
+    """
+    kinds = list(kinds)
+    if profile.address is None and profile.num_gpus is None:
+        check_capacity(profile, [k for k in kinds if not profile.needs()[k][1]], local_cpus(profile), 0, "this machine")
+    elif profile.address is None:
+        check_capacity(profile, kinds, local_cpus(profile), profile.num_gpus or 0, "this machine")
+    environment = session_environment(profile)
+    os.environ.update(environment)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if profile.address is None:
+        for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
+            os.environ[name] = str(free_port())
+        ray.init(
+            address="local",
+            num_cpus=local_cpus(profile),
+            num_gpus=profile.num_gpus,
+            object_store_memory=int(profile.object_store_gb * 2**30),
+            include_dashboard=False,
+            log_to_driver=True,
+        )
+    else:
+        try:
+            ray.init(address=profile.address, runtime_env={"env_vars": environment}, log_to_driver=True)
+        except ConnectionError as error:
+            raise HelioError(
+                f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
+            ) from None
+    try:
+        there = ray.cluster_resources()
+        check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
+        yield
+    finally:
+        ray.shutdown()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

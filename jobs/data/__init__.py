@@ -1,0 +1,1 @@
+"""Image sources, shards, decoding, augmentation and the Ray Data stream."""

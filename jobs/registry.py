@@ -1,0 +1,75 @@
+"""The model registry: MLflow's, with the aliases `candidate` and `champion`.
+
+It is an embedded sqlite file in the workspace, or the server that MLFLOW_TRACKING_URI names.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import HelioError
+from jobs.bundle import Bundle
+
+
+def tracking_uri(storage: Path) -> str:
+    """Where MLflow keeps runs and models."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One registered bundle."""
+
+    model: str
+    version: str
+    bundle: Path
+    digest: str
+
+    def open(self) -> Bundle:
+        """Open the bundle, checked against the registered digest. Raises CheckpointError."""
+        return Bundle.open(self.bundle, self.digest)
+
+
+class Registry:
+    """Registers bundles and resolves aliases."""
+
+    def __init__(self, storage: Path) -> None:
+        import mlflow
+
+        self._uri = tracking_uri(storage)
+        self._client: Any = mlflow.MlflowClient(self._uri, self._uri)
+        self._missing: Any = mlflow.exceptions.MlflowException
+
+    def register(self, model: str, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:
+        """Register a bundle as a new version with the alias `candidate`."""
+        try:
+            self._client.create_registered_model(model)
+        except self._missing as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        tags = {**tags, "bundle_digest": bundle.digest}
+        version = self._client.create_model_version(model, source=str(bundle.directory), tags=tags)
+        self.set_alias(model, "candidate", version.version)
+        return ModelVersion(model, str(version.version), bundle.directory, bundle.digest)
+
+    def set_alias(self, model: str, alias: str, version: str) -> None:
+        """Point an alias at a version."""
+        self._client.set_registered_model_alias(model, alias, version)
+
+    def find(self, model: str, alias: str) -> ModelVersion | None:
+        """The version that an alias points at, or None where there is no such model or alias."""
+        try:
+            version = self._client.get_model_version_by_alias(model, alias)
+        except self._missing as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return ModelVersion(model, str(version.version), Path(version.source), version.tags["bundle_digest"])
+
+    def require(self, model: str, alias: str) -> ModelVersion:
+        """The same. Raises HelioError where there is none."""
+        version = self.find(model, alias)
+        if version is None:
+            raise HelioError(f"model {model} has no {alias} in the registry {self._uri}: run `helio run` or `helio export`")
+        return version

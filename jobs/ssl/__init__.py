@@ -1,0 +1,1 @@
+"""Pre-training methods and the probes that watch them."""

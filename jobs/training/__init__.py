@@ -1,0 +1,1 @@
+"""The distributed step, schedules, checkpoints and fine-tuning."""

@@ -1,0 +1,69 @@
+"""The recipe sections that describe training: pre-training, fine-tuning, export."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.schema import Section
+from jobs.data.config import AugmentConfig
+
+
+class PretrainConfig(Section):
+    """Distributed pre-training."""
+
+    method: Literal["simclr", "supervised"] = "simclr"
+    epochs: int = Field(default=10, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Ends the run sooner; the schedule is laid out for what is really run."""
+    global_batch_size: int = Field(default=256, ge=2)
+    """Images a step over all workers (SimCLR sees two views of each)."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, ge=0)
+    """Peak rate at this global batch size."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd (Nesterov where above 0)."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.2, gt=0)
+    """SimCLR's tau (Chen et al. 2020, table 5)."""
+    projection_hidden: int = Field(default=256, ge=1)
+    projection_dim: int = Field(default=64, ge=2)
+    """Width of the hidden and of the last layer of SimCLR's projection head."""
+    augment: AugmentConfig = AugmentConfig()
+    checkpoint_every_epochs: int = Field(default=1, ge=1)
+    max_failures: int = Field(default=2, ge=0)
+    """Times that lost workers are replaced before the run gives up."""
+    knn_neighbors: int = Field(default=20, ge=1)
+    """k of the frozen-feature probe (Wu et al. 2018 use 200 on ImageNet)."""
+    knn_train_images: int = Field(default=2000, ge=10)
+    knn_test_images: int = Field(default=1000, ge=10)
+    """Training images in the probe's memory, and validation images that it labels."""
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning on the labelled subset. `tune.space` searches over any of its numbers and choices."""
+
+    labels_fraction: float = Field(default=0.1, gt=0, le=1)
+    """Share of each class's training images whose labels may be used."""
+    epochs: int = Field(default=10, ge=1)
+    global_batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, ge=0)
+    backbone_rate_scale: float = Field(default=1.0, ge=0, le=1)
+    """Multiplies the rate of the backbone's layers."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    augment_strength: float = Field(default=1.0, ge=0, le=2)
+    unfrozen_stages: int = Field(default=-1, ge=-1)
+    """How many of the last stages are trained: 0 only the head, -1 all and the stem."""
+    head_dropout: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ExportConfig(Section):
+    """What becomes of the best trial."""
+
+    retrain_on: Literal["train", "train+validation"] = "train+validation"
+    """What the winner is trained on once more before it is tested once on the test split."""
+    promote: Literal["if_better", "never"] = "if_better"
+    """`if_better`: the candidate becomes champion where it beats the present one on the test split."""

@@ -1,0 +1,1 @@
+"""Who gets an answer: the Serve application, its deployment and the client."""

@@ -1,0 +1,37 @@
+"""The recipe section that describes the endpoint. Names are Ray Serve's own."""
+
+from pydantic import Field, model_validator
+
+from cluster.schema import Section
+
+
+class ServeConfig(Section):
+    """The HTTP endpoint and how it scales."""
+
+    host: str = "127.0.0.1"
+    """Address to bind; `0.0.0.0` opens it to the network."""
+    port: int = Field(default=8000, ge=1, le=65535)
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    target_ongoing_requests: float = Field(default=8, gt=0)
+    """Requests in flight per replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    """Requests that one replica works on at once."""
+    max_queued_requests: int = Field(default=256, ge=1)
+    """Requests that wait for one replica; past it the answer is 503."""
+    max_batch_size: int = Field(default=16, ge=1)
+    batch_wait_timeout_s: float = Field(default=0.002, ge=0)
+    """How long a batch waits for company."""
+    max_request_bytes: int = Field(default=20 * 2**20, ge=1024)
+    top_k: int = Field(default=5, ge=1)
+    """Labels in an answer."""
+    check_images: int = Field(default=50, ge=1)
+    """Held-out images that `helio run` sends to the endpoint."""
+
+    @model_validator(mode="after")
+    def _replica_range(self) -> "ServeConfig":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas ({self.min_replicas}) must not exceed max_replicas ({self.max_replicas})")
+        return self

@@ -1,0 +1,1 @@
+"""Which configuration is best: search spaces, the search and its study."""
