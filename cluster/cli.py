@@ -122,9 +122,7 @@ def _profile(arguments: argparse.Namespace) -> tuple["Profile | None", list[str]
     return load_profile(arguments.profile or "local", own), rest
 
 
-def _stages(
-    arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output"
-) -> int:
+def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
     from cluster.plan import plan
     from cluster.profile import load_profile
     from cluster.progress import RunProgress
@@ -152,9 +150,7 @@ def _stages(
     return 0
 
 
-def _deploy(
-    arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output"
-) -> int:
+def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
     from cluster.plan import plan
     from cluster.profile import load_profile
     from cluster.recipe import load_recipe

@@ -32,7 +32,9 @@ class Output:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+            logging.basicConfig(
+                level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+            )
             try:
                 yield
             finally:

@@ -113,7 +113,9 @@ def load_profile(reference: str, overrides: Sequence[str] = ()) -> Profile:
     elif path.is_file():
         document = read_document(path)
     else:
-        raise RecipeError(f"no profile file {reference!r} and no shipped profile{nearest(reference, shipped_profiles())}")
+        raise RecipeError(
+            f"no profile file {reference!r} and no shipped profile{nearest(reference, shipped_profiles())}"
+        )
     for override in overrides:
         document.override(override.removeprefix("profile."), Profile.model_fields)
     return validate(Profile, document.data, document)

@@ -46,6 +46,10 @@ class RunProgress:
         self.interval_s = interval_s
         self.bars: Progress | None = None
 
+    def redirect(self, stream: IO[str]) -> None:
+        """Write to another stream from now on."""
+        self.console.file = stream
+
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False)
@@ -57,7 +61,9 @@ class RunProgress:
             yield Task(self, title, total, unit)
             return
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console) as bars:
+        with Progress(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console
+        ) as bars:
             self.bars = bars
             try:
                 yield Task(self, title, total, unit)

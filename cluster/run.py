@@ -1,11 +1,11 @@
 """A run: one execution of a recipe with its own directory, the record of its stages, and its log file.
 
-    <storage>/runs/<run>/
-        run.json            recipe, profile, versions
-        run.log             everything that helio, Ray and TensorFlow said
-        stages/<stage>.json result and seconds of each finished stage
-        results.json        the figures of the whole run
-        report.html
+<storage>/runs/<run>/
+    run.json            recipe, profile, versions
+    run.log             everything that helio, Ray and TensorFlow said
+    stages/<stage>.json result and seconds of each finished stage
+    results.json        the figures of the whole run
+    report.html
 """
 
 import datetime

@@ -150,9 +150,7 @@ def _decode_in_graph(data: "tf.Tensor", size: int) -> "tf.Tensor":
         image = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
         return _upright(image, _exif_orientation(data))
 
-    image = tf.cond(
-        tf.io.is_jpeg(data), jpeg, lambda: tf.io.decode_image(data, channels=3, expand_animations=False)
-    )
+    image = tf.cond(tf.io.is_jpeg(data), jpeg, lambda: tf.io.decode_image(data, channels=3, expand_animations=False))
     shape = tf.shape(image)
     side = tf.minimum(shape[0], shape[1])
     top, left = (shape[0] - side) // 2, (shape[1] - side) // 2

@@ -59,7 +59,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     counts = ", ".join(f"{count:,} {split}" for split, count in manifest["counts"].items())
     run.progress.say(
         f"  {manifest['read']:,} files = {manifest['written']:,} images of {len(dataset.classes)} classes ({counts})"
-        f" + {manifest['rejected']:,} rejected" + (f": see {directory / 'rejected.parquet'}" if manifest["rejected"] else "")
+        f" + {manifest['rejected']:,} rejected"
+        + (f": see {directory / 'rejected.parquet'}" if manifest["rejected"] else "")
     )
     return {"dataset": str(directory), "reused": reused, **summary}
 
@@ -87,8 +88,10 @@ def _ingest(run: Run, config: DataConfig, root: Path, files: list[SourceFile], d
         "config": config.model_dump(),
         "shards": shards,
     }
-    pq.write_table(pa.Table.from_pylist(rejected, pa.schema([("source", pa.string()), ("reason", pa.string())])),
-                   partial / "rejected.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(rejected, pa.schema([("source", pa.string()), ("reason", pa.string())])),
+        partial / "rejected.parquet",
+    )
     write_json(partial / "manifest.json", manifest)
     shutil.rmtree(directory, ignore_errors=True)
     partial.replace(directory)
@@ -138,7 +141,9 @@ def _verify_files(root: str, files: list[dict[str, Any]]) -> list[dict[str, Any]
 
 def _check_classes(images: list[Image], rejected: list[dict[str, str]], read: int) -> list[str]:
     if not images:
-        raise DataError(f"none of the {read} files is an image that can be decoded: {rejected[0]['source']}: {rejected[0]['reason']}")
+        raise DataError(
+            f"none of the {read} files is an image that can be decoded: {rejected[0]['source']}: {rejected[0]['reason']}"
+        )
     counts = Counter(image.label for image in images)
     if len(counts) < 2:
         raise DataError(f"data.source needs at least 2 class folders with images, got 1 ({next(iter(counts))})")
@@ -240,5 +245,7 @@ def _write_shard(
 
 def _key(config: DataConfig, seed: int, files: list[SourceFile]) -> str:
     """What a data set depends on: the source as it lies there, the seed, and the settings of ingest."""
-    used = config.model_dump(include={"source", "validation_fraction", "test_fraction", "rows_per_shard", "rows_per_group"})
+    used = config.model_dump(
+        include={"source", "validation_fraction", "test_fraction", "rows_per_shard", "rows_per_group"}
+    )
     return hashlib.sha256(f"{FORMAT}/{seed}/{sorted(used.items())}/{source_signature(files)}".encode()).hexdigest()

@@ -71,5 +71,7 @@ class Registry:
         """The same. Raises HelioError where there is none."""
         version = self.find(model, alias)
         if version is None:
-            raise HelioError(f"model {model} has no {alias} in the registry {self._uri}: run `helio run` or `helio export`")
+            raise HelioError(
+                f"model {model} has no {alias} in the registry {self._uri}: run `helio run` or `helio export`"
+            )
         return version

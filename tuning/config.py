@@ -1,6 +1,5 @@
 """The recipe section that describes the search."""
 
-from typing import Literal
 
 from pydantic import Field, model_validator
 

@@ -53,9 +53,7 @@ def augment_batch(
     return out
 
 
-def _crop(
-    pixels: Pixels, size: int, area: float, strength: float, aspect: float, top: float, left: float
-) -> Pixels:
+def _crop(pixels: Pixels, size: int, area: float, strength: float, aspect: float, top: float, left: float) -> Pixels:
     """Random resized crop: `area` is the share kept, the aspect ratio log-uniform in 3/4 to 4/3 at full strength."""
     height, width = pixels.shape[:2]
     ratio = math.exp((2 * aspect - 1) * math.log(4 / 3) * min(strength, 1.0))

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.data.config import DataConfig
+from jobs.data.dataset import Dataset
+
 Rows = NDArray[np.int64]
 
 
@@ -53,6 +56,12 @@ class Order:
         rows, epochs = self.batch(step)
         size = self.global_batch_size // world
         return rows[rank * size : (rank + 1) * size], epochs[rank * size : (rank + 1) * size]
+
+
+def training_order(dataset: Dataset, config: DataConfig, seed: int, global_batch_size: int) -> Order:
+    """The order of a data set's training rows."""
+    starts = tuple(group.start for group in dataset.groups("train"))
+    return Order(dataset.count("train"), starts, seed, config.shuffle_window_rows, global_batch_size)
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,9 +13,9 @@ class ModelConfig(Section):
     backbone: Literal["convnet", "resnet18"] = "convnet"
     """`convnet`: a small fast net for small images or few cores; `resnet18`: He et al. 2015."""
     width: int = Field(default=32, ge=8, le=512)
-    """Channels after the stem; each later stage doubles them."""
-    stages: int = Field(default=4, ge=1, le=6)
-    """Stages of the convnet; each after the first halves the resolution (resnet18 always has 4)."""
+    """Channels of the stem; each stage of the convnet doubles them, and of resnet18 each but the first."""
+    stages: int = Field(default=3, ge=1, le=6)
+    """Stages of the convnet, each of which halves the resolution (resnet18 always has 4)."""
     stem_stride: Literal[1, 2, 4] = 1
     """Reduction before the first stage: 1 for 32 px, 2 to 4 for photographs."""
     norm: Literal["batch", "group", "none"] = "batch"

@@ -1,11 +1,14 @@
 """The recipe sections that describe training: pre-training, fine-tuning, export."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from cluster.schema import Section
 from jobs.data.config import AugmentConfig
+
+if TYPE_CHECKING:
+    from jobs.data.order import Order
 
 
 class PretrainConfig(Section):
@@ -41,6 +44,12 @@ class PretrainConfig(Section):
     """Training images in the probe's memory, and validation images that it labels."""
 
 
+def total_steps(order: "Order", config: PretrainConfig) -> int:
+    """Steps of the whole pre-training."""
+    steps = order.steps(config.epochs)
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
 class FinetuneConfig(Section):
     """Fine-tuning on the labelled subset. `tune.space` searches over any of its numbers and choices."""
 
@@ -49,8 +58,6 @@ class FinetuneConfig(Section):
     epochs: int = Field(default=10, ge=1)
     global_batch_size: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=1e-3, ge=0)
-    backbone_rate_scale: float = Field(default=1.0, ge=0, le=1)
-    """Multiplies the rate of the backbone's layers."""
     weight_decay: float = Field(default=1e-4, ge=0)
     augment_strength: float = Field(default=1.0, ge=0, le=2)
     unfrozen_stages: int = Field(default=-1, ge=-1)
@@ -63,7 +70,8 @@ class FinetuneConfig(Section):
 class ExportConfig(Section):
     """What becomes of the best trial."""
 
-    retrain_on: Literal["train", "train+validation"] = "train+validation"
-    """What the winner is trained on once more before it is tested once on the test split."""
+    retrain_on: Literal["train", "train+validation"] = "train"
+    """What the winner is trained on once more before it is tested once on the test split: the labelled subset, or with
+    the whole validation split, which may hold more labels than the subset."""
     promote: Literal["if_better", "never"] = "if_better"
     """`if_better`: the candidate becomes champion where it beats the present one on the test split."""

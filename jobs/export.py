@@ -1,0 +1,208 @@
+"""Export: retrain the winner of the search, test it once, write the bundle, register it, let it earn its promotion.
+
+    helio export cifar10 data.source=cifar10_train
+    helio export --resume RUN
+
+The winner from scratch is retrained and tested in the same way, so that the two figures can be compared.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from cluster.run import Run
+from jobs.bundle import Bundle
+from jobs.data.config import DataConfig
+from jobs.data.dataset import Dataset
+from jobs.labelled import held_out, labelled_subset
+from jobs.model.config import ModelConfig
+from jobs.registry import Registry
+from jobs.tracking import Tracker
+from jobs.training.checkpoint import Checkpoint
+from jobs.training.config import ExportConfig, FinetuneConfig
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Retrain, test, write and register; promote where the recipe says so and the test split agrees."""
+    import ray
+
+    config = run.recipe.section(ExportConfig)
+    searches = {"tune": run.require("tune")}
+    if (baseline := run.result("baseline")) is not None:
+        searches["baseline"] = baseline
+    dataset = Dataset.open(run.require("ingest")["dataset"])
+    training = labelled_subset(run)
+    if config.retrain_on == "train+validation":
+        training = training + held_out(run, "validation")
+    registry = Registry(run.storage)
+    present = registry.find(run.recipe.name, "champion")
+    shared = ray.put((training, held_out(run, "test")))
+    resources = run.profile.trials
+    bundles = run.storage / "bundles"
+    bundles.mkdir(parents=True, exist_ok=True)
+    remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial)
+    retrain, evaluate = remote(_retrain), remote(_evaluate_bundle)
+    limits = (resources.threads_per_trial, resources.gpus_per_trial)
+    waiting = {
+        name: retrain.remote(
+            _retraining(run, dataset, search),
+            [shared],
+            *limits,
+            bundles / run.name if name == "tune" else None,
+            _lineage(run, dataset, search),
+        )
+        for name, search in searches.items()
+    }
+    champion = None
+    if present is not None:
+        bundle = present.open()
+        # Another set of classes answers another question: such a champion is replaced only by hand.
+        accuracy = ray.get(evaluate.remote(bundle, [shared], *limits)) if bundle.classes == dataset.classes else None
+        champion = {"version": present.version, "accuracy": accuracy}
+    tested = {name: ray.get(reference) for name, reference in waiting.items()}
+    accuracy = tested["tune"]["accuracy"]
+    bundle = Bundle.open(bundles / run.name)
+    version = registry.register(run.recipe.name, bundle, _tags(bundle))
+    promoted = config.promote == "if_better" and (
+        champion is None or (champion["accuracy"] is not None and accuracy > champion["accuracy"])
+    )
+    if promoted:
+        registry.set_alias(version.model, "champion", version.version)
+    _say(run, tested, version.version, champion, promoted, config)
+    with Tracker(run) as tracker:
+        tracker.metrics("test", {name: result["accuracy"] for name, result in tested.items()}, 0)
+        tracker.tags({"helio.bundle_digest": bundle.digest, "helio.model_version": version.version})
+    return {
+        "bundle": str(bundle.directory),
+        "bundle_digest": bundle.digest,
+        "model": version.model,
+        "version": version.version,
+        "promoted": promoted,
+        "champion_before": champion,
+        "classes": dataset.classes,
+        "training_images": len(training.labels),
+        "test_images": dataset.count("test"),
+        "accuracy_pretrained": accuracy,
+        "accuracy_scratch": tested["baseline"]["accuracy"] if "baseline" in tested else None,
+        "confusion": tested["tune"]["confusion"],
+    }
+
+
+def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
+    initial = search["initial"]
+    return {
+        "start": {
+            "model": run.recipe.section(ModelConfig),
+            "image_size": run.recipe.section(DataConfig).image_size,
+            "classes": len(dataset.classes),
+            "seed": run.recipe.seed,
+            "weights": None if initial == "scratch" else Checkpoint.open(initial).read("backbone"),
+        },
+        "config": FinetuneConfig.model_validate(search["best"]["config"]),
+        "epochs": search["best"]["epochs"],
+    }
+
+
+def _retrain(
+    task: dict[str, Any], shared: list[Any], threads: int, gpus: float, bundle: Path | None, lineage: dict[str, Any]
+) -> dict[str, Any]:
+    """In a worker: retrain the winner, test it once, and write the bundle where a directory for it is given."""
+    import numpy as np
+    import ray
+
+    from jobs.bundle import write_bundle
+    from jobs.training.device import set_up_tensorflow
+    from jobs.training.finetune import Start, finetune
+
+    set_up_tensorflow(threads, gpus)
+    training, test = ray.get(shared[0])
+    start = Start(**task["start"])
+    classifier = finetune(start, training, task["config"], epochs=task["epochs"])
+    predicted = classifier.probabilities(test.images).argmax(axis=1)
+    confusion = np.zeros((start.classes, start.classes), int)
+    np.add.at(confusion, (test.labels, predicted), 1)
+    accuracy = float((predicted == test.labels).mean())
+    if bundle is not None:
+        manifest = {**lineage, "metrics": {"test_accuracy": accuracy, "test_images": len(test.labels)}}
+        write_bundle(bundle, classifier.backbone, classifier.head, start.image_size, manifest)
+    return {"accuracy": accuracy, "confusion": confusion.tolist()}
+
+
+def _evaluate_bundle(bundle: Bundle, shared: list[Any], threads: int, gpus: float) -> float:
+    """In a worker: accuracy of a bundle on the present test split."""
+    import numpy as np
+    import ray
+
+    from jobs.data.decode import fit_image
+    from jobs.training.device import set_up_tensorflow
+
+    set_up_tensorflow(threads, gpus)
+    _, test = ray.get(shared[0])
+    loaded = bundle.load()
+    correct = 0
+    for start in range(0, len(test.labels), 256):
+        images = np.stack([fit_image(image, bundle.image_size) for image in test.images[start : start + 256]])
+        predicted = loaded.predict_pixels(images)[0].argmax(axis=1)
+        correct += int((predicted == test.labels[start : start + 256]).sum())
+    return correct / len(test.labels)
+
+
+def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
+    """The trail from a bundle back to the images: everything that made it, by name or digest."""
+    return {
+        "name": run.recipe.name,
+        "classes": dataset.classes,
+        "lineage": {
+            "run": run.name,
+            "recipe": run.recipe.to_dict(),
+            "recipe_digest": run.recipe.digest,
+            "code_digest": code_digest(),
+            "dataset": str(dataset.directory),
+            "dataset_fingerprint": dataset.fingerprint,
+            "checkpoint": search["initial"],
+            "pretrain_weights_sha256": (run.result("pretrain") or {}).get("weights_sha256"),
+            "study": search["study_name"],
+            "trial": search["best"]["number"],
+            "config": search["best"]["config"],
+            "epochs": search["best"]["epochs"],
+        },
+    }
+
+
+def _tags(bundle: Bundle) -> dict[str, str]:
+    lineage = bundle.manifest["lineage"]
+    names = ("run", "recipe_digest", "code_digest", "dataset_fingerprint", "checkpoint", "trial")
+    return {name: str(lineage[name]) for name in names}
+
+
+def code_digest() -> str:
+    """SHA-256 over helio's own source files: the version of the code, also where there is no version control."""
+    root = Path(__file__).resolve().parent.parent
+    total = hashlib.sha256()
+    for room in ("cluster", "jobs", "tuning", "serving"):
+        for path in sorted((root / room).rglob("*.py")):
+            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def _say(
+    run: Run,
+    tested: dict[str, Any],
+    version: str,
+    champion: dict[str, Any] | None,
+    promoted: bool,
+    config: ExportConfig,
+) -> None:
+    scratch = f", from scratch {tested['baseline']['accuracy']:.1%}" if "baseline" in tested else ""
+    run.progress.say(f"  test accuracy {tested['tune']['accuracy']:.1%}{scratch}")
+    if promoted:
+        why = "the first of its name" if champion is None else f"beats version {champion['version']}"
+        run.progress.say(f"  registered as {run.recipe.name} version {version}: champion, {why}")
+        return
+    if config.promote == "never":
+        why = "export.promote is never"
+    elif champion is not None and champion["accuracy"] is None:
+        why = f"version {champion['version']} has other classes, on which this test split says nothing"
+    else:
+        why = f"version {champion['version']} has {champion['accuracy']:.1%} on this test split" if champion else ""
+    run.progress.say(f"  registered as {run.recipe.name} version {version}: candidate, not champion: {why}")

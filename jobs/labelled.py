@@ -1,0 +1,29 @@
+"""The labelled subset that fine-tuning may use, and the held-out splits, decoded."""
+
+import numpy as np
+
+from cluster.run import Run
+from jobs.data.config import DataConfig
+from jobs.data.dataset import Dataset
+from jobs.data.stream import decode_split, stratified_rows
+from jobs.training.config import FinetuneConfig
+from jobs.training.finetune import LabelledImages
+
+
+def labelled_subset(run: Run) -> LabelledImages:
+    """The recipe's share of the training split with labels, the same rows for the search and for the baseline."""
+    dataset = Dataset.open(run.require("ingest")["dataset"])
+    labels = dataset.labels("train")
+    count = round(run.recipe.section(FinetuneConfig).labels_fraction * len(labels))
+    return _decode(run, dataset, "train", stratified_rows(labels, count, run.recipe.seed))
+
+
+def held_out(run: Run, split: str) -> LabelledImages:
+    """A whole held-out split."""
+    dataset = Dataset.open(run.require("ingest")["dataset"])
+    return _decode(run, dataset, split, np.arange(dataset.count(split), dtype=np.int64))
+
+
+def _decode(run: Run, dataset: Dataset, split: str, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LabelledImages:
+    size = run.recipe.section(DataConfig).image_size
+    return LabelledImages(*decode_split(dataset, split, size, rows, run.profile.data))

@@ -1,0 +1,46 @@
+"""SimCLR: Chen, Kornblith, Norouzi, Hinton, 'A Simple Framework for Contrastive Learning', ICML 2020."""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from jobs.training.config import PretrainConfig
+
+
+class SimCLR:
+    """Two views of an image attract each other and repel every other view of the global batch.
+
+    NT-Xent, equation 1 of the paper: for a positive pair (i, j) among the 2N views z of the global batch,
+    l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum over k ≠ i of exp(sim(z_i, z_k) / tau) ), averaged over all 2N
+    ordered pairs; sim is the cosine. Negatives are gathered across workers.
+    """
+
+    views = 2
+
+    def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
+        self._temperature = config.temperature
+        self._pairs = 2 * config.global_batch_size
+        self.head = keras.Sequential(
+            [
+                keras.Input((dimension,)),
+                keras.layers.Dense(config.projection_hidden, activation="relu", name="hidden"),
+                keras.layers.Dense(config.projection_dim, name="projection", dtype="float32"),
+            ],
+            name="head",
+        )
+
+    def loss(
+        self, embedding: tf.Tensor, labels: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+    ) -> tf.Tensor:
+        """See `Method.loss`."""
+        z = tf.math.l2_normalize(self.head(embedding, training=True), axis=-1)
+        everyone = gather(z)
+        count = tf.shape(z)[0]
+        own = tf.range(count) + rank * count
+        # The views of an image lie side by side: the partner of an even row is the next, of an odd one the last.
+        partner = own + 1 - 2 * (own % 2)
+        similarity = tf.matmul(z, everyone, transpose_b=True) / self._temperature
+        similarity -= 1e9 * tf.one_hot(own, tf.shape(everyone)[0])
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(partner, similarity)
+        return tf.reduce_sum(losses) / self._pairs

@@ -1,0 +1,28 @@
+"""Supervised pre-training: the labels of the training split, a linear head, cross-entropy."""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from jobs.training.config import PretrainConfig
+
+
+class Supervised:
+    """Mean cross-entropy over the global batch, -log softmax(W h + b)[label]."""
+
+    views = 1
+
+    def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
+        self._global_batch_size = config.global_batch_size
+        self.head = keras.Sequential(
+            [keras.Input((dimension,)), keras.layers.Dense(classes, name="logits", dtype="float32")], name="head"
+        )
+
+    def loss(
+        self, embedding: tf.Tensor, labels: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+    ) -> tf.Tensor:
+        """See `Method.loss`."""
+        logits = self.head(embedding, training=True)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return tf.reduce_sum(losses) / self._global_batch_size

@@ -1,0 +1,107 @@
+"""Metrics to MLflow and TensorBoard, from the driver, without holding up what is measured."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from cluster.run import Run
+from jobs.registry import tracking_uri
+
+
+class Tracker:
+    """One MLflow run for each helio run, and a TensorBoard directory beside it.
+
+    MLflow's import and the first making of its database take seconds: a thread does both, and all writing. Use as a
+    context manager; leaving it waits for what is still to be written, and raises what failed.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._work: queue.SimpleQueue[Callable[[Any, str], object] | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+        self._board: Any = None
+        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
+
+    def __enter__(self) -> "Tracker":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._work.put(None)
+        self._thread.join()
+        if self._board is not None:
+            self._board.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def metrics(self, stage: str, values: dict[str, float], step: int) -> None:
+        """Log figures of a stage at a step, as `stage/name`."""
+        named = {f"{stage}/{name}": float(value) for name, value in values.items()}
+        if self._board is None:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(self._run.directory / "tensorboard"))
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+
+        def write(client: Any, run_id: str) -> None:
+            from mlflow.entities import Metric
+            from mlflow.utils.time import get_current_time_millis
+
+            now = get_current_time_millis()
+            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in named.items()])
+
+        self._work.put(write)
+
+    def tags(self, values: dict[str, str]) -> None:
+        """Set tags of the run."""
+
+        def write(client: Any, run_id: str) -> None:
+            for name, value in values.items():
+                client.set_tag(run_id, name, value)
+
+        self._work.put(write)
+
+    def finish(self, status: str) -> None:
+        """Mark the run FINISHED or FAILED."""
+        self._work.put(lambda client, run_id: client.set_terminated(run_id, status))
+
+    def _write(self) -> None:
+        try:
+            import mlflow
+
+            client = mlflow.MlflowClient(tracking_uri(self._run.storage))
+            run_id = self._run_id(client)
+            while (write := self._work.get()) is not None:
+                write(client, run_id)
+        except BaseException as error:  # raised in the driver's thread, in __exit__
+            self._failure = error
+
+    def _run_id(self, client: Any) -> str:
+        """The MLflow run that this run began before, or a new one."""
+        record = self._run.directory / "mlflow_run"
+        if record.exists():
+            run_id = record.read_text().strip()
+            client.update_run(run_id, status="RUNNING")
+            return run_id
+        name = self._run.recipe.name
+        experiment = client.get_experiment_by_name(name)
+        location = (self._run.storage / "mlflow-artifacts" / name).as_uri()
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, location)
+        created = client.create_run(experiment_id, run_name=self._run.name)
+        for key, value in _flatten(self._run.recipe.to_dict()).items():
+            client.log_param(created.info.run_id, key, value)
+        client.set_tag(created.info.run_id, "helio.run_directory", str(self._run.directory))
+        record.write_text(created.info.run_id)
+        return str(created.info.run_id)
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flatten(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(inner)[:500]
+    return flat

@@ -1,0 +1,137 @@
+"""Fine-tuning a backbone on labelled images in one process: what a trial does, and what retrains the winner.
+
+Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.data.augment import augment_batch
+from jobs.data.config import AugmentConfig
+from jobs.model.backbone import build_backbone, freeze
+from jobs.model.config import ModelConfig
+from jobs.training.checkpoint import Arrays, assign
+from jobs.training.config import FinetuneConfig
+from jobs.training.optimizer import build_optimizer, build_schedule
+from jobs.training.step import make_step
+
+if TYPE_CHECKING:
+    import keras
+
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Decoded images with their labels and ids."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
+    ids: list[str]
+
+    def __add__(self, other: "LabelledImages") -> "LabelledImages":
+        images, labels = (np.concatenate(p) for p in ((self.images, other.images), (self.labels, other.labels)))
+        return LabelledImages(images, labels, self.ids + other.ids)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What fine-tuning starts from."""
+
+    model: ModelConfig
+    image_size: int
+    classes: int
+    seed: int
+    weights: Arrays | None
+    """Of a pre-trained backbone; None starts from random weights."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A fine-tuned model: `head(backbone(images))` are the logits."""
+
+    backbone: "keras.Model"
+    head: "keras.Model"
+
+    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Float32 [n, classes]."""
+        import tensorflow as tf
+
+        predict = tf.function(lambda x: tf.nn.softmax(self.head(self.backbone(x, training=False), training=False)))
+        parts = []
+        for start in range(0, len(images), EVALUATION_BATCH):
+            batch = images[start : start + EVALUATION_BATCH]
+            # One shape, one compilation: the last batch is filled up.
+            padded = np.pad(batch, [(0, EVALUATION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+            parts.append(predict(tf.constant(padded)).numpy()[: len(batch)])
+        return np.concatenate(parts)
+
+
+def finetune(
+    start: Start,
+    data: LabelledImages,
+    config: FinetuneConfig,
+    on_epoch: Callable[[int, float, Classifier], bool] | None = None,
+    epochs: int | None = None,
+) -> Classifier:
+    """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch and may end it with True.
+
+    The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best after
+    some epochs is retrained with the very rates it was found with.
+    """
+    import keras
+    import tensorflow as tf
+
+    backbone = build_backbone(start.model, start.image_size, start.seed)
+    if start.weights is not None:
+        assign(backbone.weights, start.weights, "backbone")
+    freeze(backbone, config.unfrozen_stages)
+    head = keras.Sequential(
+        [
+            keras.Input((backbone.output_shape[-1],)),
+            keras.layers.Dropout(config.head_dropout, seed=start.seed),
+            keras.layers.Dense(start.classes, name="logits", dtype="float32"),
+        ],
+        name="head",
+    )
+    classifier = Classifier(backbone, head)
+    batch = min(config.global_batch_size, len(data.labels))
+    steps = len(data.labels) // batch
+    schedule = build_schedule("cosine", config.learning_rate, steps * config.epochs, warmup_steps=steps)
+    variables = [*backbone.trainable_variables, *head.trainable_variables]
+    optimizer = build_optimizer("adamw", schedule, config.weight_decay)
+    optimizer.build(variables)
+    smoothing, classes = config.label_smoothing, start.classes
+    # A frozen backbone keeps its statistics too; one in training mode would still move them.
+    training = config.unfrozen_stages != 0
+
+    def loss(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        embedding = backbone(images, training=training)
+        target = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, head(embedding, training=True)))
+
+    step = make_step(tf.distribute.get_strategy(), loss, optimizer, variables)
+    augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
+    for epoch in range(min(epochs or config.epochs, config.epochs)):
+        order = np.random.default_rng([start.seed, epoch]).permutation(len(data.labels))
+        total = 0.0
+        for first in range(0, steps * batch, batch):
+            rows = order[first : first + batch]
+            total += float(step(*_batch(data, rows, start, augment, epoch)))
+        if on_epoch is not None and on_epoch(epoch + 1, total / steps, classifier):
+            break
+    return classifier
+
+
+def _batch(
+    data: LabelledImages, rows: NDArray[np.int64], start: Start, augment: AugmentConfig, epoch: int
+) -> "tuple[keras.KerasTensor, keras.KerasTensor]":
+    import tensorflow as tf
+
+    ids = [data.ids[row] for row in rows]
+    images = augment_batch(data.images[rows], ids, start.image_size, augment, start.seed, epoch)
+    return tf.constant(images), tf.constant(data.labels[rows])

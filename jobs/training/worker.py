@@ -1,0 +1,261 @@
+"""What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import ray.train
+import tensorflow as tf
+
+from cluster.profile import DataResources, TrainResources
+from jobs.data.config import DataConfig
+from jobs.data.dataset import Dataset
+from jobs.data.decode import decode_to_size
+from jobs.data.order import training_order
+from jobs.data.stream import TrainStream, Views, stratified_rows
+from jobs.model.backbone import build_backbone
+from jobs.model.config import ModelConfig
+from jobs.ssl.methods import build_method, views_of
+from jobs.ssl.probe import knn_accuracy
+from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
+from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.optimizer import build_optimizer, build_schedule
+from jobs.training.step import gather, make_average, make_step, replica_rank
+
+TELL_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything that a worker is told."""
+
+    pretrain: PretrainConfig
+    model: ModelConfig
+    data: DataConfig
+    dataset: str
+    seed: int
+    train: TrainResources
+    data_resources: DataResources
+    events: Any
+    """Actor of `cluster.events`; rank 0 tells it how far training is."""
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """The training function of Ray Train: `settings["assignment"]` holds the fields of Assignment."""
+    from jobs.training.device import set_up_tensorflow
+
+    assignment = Assignment(**settings["assignment"])
+    set_up_tensorflow(assignment.train.threads_per_worker, assignment.train.gpus_per_worker)
+    _Worker(assignment).run()
+
+
+class _Worker:
+    """One worker's model, data and position."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
+        self.config = config = assignment.pretrain
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.dataset = Dataset.open(assignment.dataset)
+        self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
+        self.total_steps = total_steps(self.order, config)
+        self.strategy = _strategy(assignment.train.gpus_per_worker)
+        self.schedule = build_schedule(config.schedule, config.learning_rate, self.total_steps, config.warmup_steps)
+        with self.strategy.scope():
+            self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
+            self.method = build_method(config, self.backbone.output_shape[-1], len(self.dataset.classes))
+            self.variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
+            self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
+            self.optimizer.build(self.variables)
+        self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
+        self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
+        self.step = self._restore()
+        self.probe = _Probe(self)
+
+    def run(self) -> None:
+        """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
+        config = self.config
+        if self.step == 0:
+            self._tell(kind="start", knn_random=self.probe.accuracy())
+        stream = self._stream()
+        ends = self._epoch_ends()
+        losses, since, started, told = tf.constant(0.0), 0, time.monotonic(), time.monotonic()
+        for images, labels in stream:
+            # Views are a part of the batch for the model: [batch × views, height, width, channel].
+            losses += self.train_step(tf.constant(images.reshape(-1, *images.shape[2:])), tf.constant(labels))
+            self.step += 1
+            since += 1
+            now = time.monotonic()
+            if self.rank == 0 and now - told > TELL_EVERY_S:
+                told = now
+                self._tell(kind="step", loss=float(losses) / since)
+            if self.step not in ends:
+                continue
+            loss = float(losses) / since
+            if not math.isfinite(loss):
+                # The loss is the same on every worker: all of them stop here.
+                self._tell(kind="diverged")
+                return
+            self.average_statistics()
+            elapsed = time.monotonic() - started
+            metrics = {
+                "loss": loss,
+                "learning_rate": float(self.schedule(self.step - 1)),
+                "knn_accuracy": self.probe.accuracy(),
+                "images_per_second": since * config.global_batch_size / elapsed,
+                "data_wait_share": stream.waited_s / elapsed,
+            }
+            self._tell(kind="epoch", **metrics)
+            epoch = round(self.order.epoch_of(self.step))
+            if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
+                self._checkpoint(metrics)
+            losses, since, started, stream.waited_s = tf.constant(0.0), 0, time.monotonic(), 0.0
+
+    def _loss(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        return self.method.loss(self.backbone(images, training=True), labels, gather, replica_rank())
+
+    def _stream(self) -> TrainStream:
+        assignment = self.assignment
+        views = Views(assignment.data.image_size, views_of(self.config), self.config.augment, assignment.seed)
+        return TrainStream(
+            self.dataset,
+            self.order,
+            views,
+            self.rank,
+            self.world,
+            self.step,
+            self.total_steps,
+            assignment.data_resources,
+        )
+
+    def _epoch_ends(self) -> set[int]:
+        ends = {self.order.steps(epoch) for epoch in range(1, self.config.epochs + 1)}
+        return {end for end in ends if end < self.total_steps} | {self.total_steps}
+
+    def _restore(self) -> int:
+        """Take up the newest checkpoint of this run, if there is one. Returns the step to go on from."""
+        reported = ray.train.get_checkpoint()
+        if reported is None:
+            return 0
+        with reported.as_directory() as directory:
+            checkpoint = Checkpoint.open(directory)
+            assign(self.backbone.weights, checkpoint.read("backbone"), "backbone")
+            assign(self.method.head.weights, checkpoint.read("head"), "head")
+            assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
+        self._tell(kind="resumed", step=checkpoint.state.step)
+        return checkpoint.state.step
+
+    def _checkpoint(self, metrics: dict[str, float]) -> None:
+        digest = weights_hash([*self.backbone.weights, *self.method.head.weights])
+        hashes = self._gather_ints([int(digest[i : i + 7], 16) for i in range(0, 56, 7)])
+        if len(np.unique(hashes, axis=0)) != 1:
+            raise RuntimeError(f"the workers hold different weights after step {self.step}")
+        metrics = {**metrics, "step": self.step, "weights_sha256": digest}
+        if self.rank != 0:
+            ray.train.report(metrics)
+            return
+        assignment = self.assignment
+        state = State(
+            step=self.step,
+            seed=assignment.seed,
+            image_size=assignment.data.image_size,
+            model=assignment.model.model_dump(),
+            method=self.config.method,
+            global_batch_size=self.config.global_batch_size,
+            fingerprint=self.dataset.fingerprint,
+        )
+        parts = {
+            "backbone": self.backbone.weights,
+            "head": self.method.head.weights,
+            "optimizer": self.optimizer.variables,
+        }
+        with tempfile.TemporaryDirectory() as directory:
+            write_checkpoint(Path(directory), state, parts)
+            checkpoint = ray.train.Checkpoint.from_directory(directory)
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{self.step:08}")
+
+    def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The workers' values, int32 [world, n]."""
+        local = tf.constant([values], tf.int32)
+        everyone = tf.function(lambda: self.strategy.run(gather, args=(local,)))()
+        return np.asarray(self.strategy.experimental_local_results(everyone)[0])
+
+    def _tell(self, **event: Any) -> None:
+        if self.rank == 0:
+            self.assignment.events.put.remote({"step": self.step, **event})
+
+
+class _Probe:
+    """kNN accuracy of the frozen backbone; the workers share the images and the work."""
+
+    def __init__(self, worker: _Worker) -> None:
+        self._worker = worker
+        config, seed = worker.config, worker.assignment.seed
+        images, self._labels = [], []
+        for split, count in (("train", config.knn_train_images), ("validation", config.knn_test_images)):
+            labels = worker.dataset.labels(split)
+            rows = stratified_rows(labels, count, seed)
+            self._labels.append(labels[rows])
+            images.append((split, rows))
+        self._batch = 256 // worker.world
+        # Every worker takes every world-th image, and all the same number of batches: an exchange needs them all.
+        everything = [(split, row) for split, rows in images for row in rows.tolist()]
+        padding = -len(everything) % (self._batch * worker.world)
+        own = (everything + everything[:1] * padding)[worker.rank :: worker.world]
+        self._images = self._decode(own)
+
+        @tf.function
+        def features(batch: tf.Tensor) -> tf.Tensor:
+            return worker.strategy.run(lambda x: gather(worker.backbone(x, training=False)), args=(batch,))
+
+        self._features = features
+
+    def accuracy(self) -> float:
+        """To be called by every worker at the same step; the figure is worker 0's."""
+        worker, parts = self._worker, []
+        for start in range(0, len(self._images), self._batch):
+            gathered = self._features(tf.constant(self._images[start : start + self._batch]))
+            values = np.asarray(worker.strategy.experimental_local_results(gathered)[0])
+            # Rows came as [worker, batch]; the images were dealt out one by one.
+            parts.append(values.reshape(worker.world, self._batch, -1).swapaxes(0, 1).reshape(len(values), -1))
+        if worker.rank != 0:
+            return 0.0
+        features = np.concatenate(parts)
+        memory, queries = (len(labels) for labels in self._labels)
+        return knn_accuracy(
+            features[:memory],
+            self._labels[0],
+            features[memory : memory + queries],
+            self._labels[1],
+            worker.config.knn_neighbors,
+        )
+
+    def _decode(self, items: list[tuple[str, int]]) -> np.ndarray[Any, Any]:
+        worker = self._worker
+        size = worker.assignment.data.image_size
+        out = np.empty((len(items), size, size, 3), np.uint8)
+        for split in {split for split, _ in items}:
+            places = [place for place, item in enumerate(items) if item[0] == split]
+            table = worker.dataset.read(split, [items[place][1] for place in places], ["image"])
+            for place, data in zip(places, table.column("image").to_pylist(), strict=True):
+                out[place] = decode_to_size(data, size)
+        return out
+
+
+def _strategy(gpus_per_worker: int) -> tf.distribute.Strategy:
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=implementation.NCCL if gpus_per_worker else implementation.RING
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+
+def _moving_statistics(model: keras.Model) -> list[keras.Variable]:
+    return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]

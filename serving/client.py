@@ -1,0 +1,158 @@
+"""The client of an endpoint, and `helio predict`.
+
+    helio predict photo.jpg scan.png
+    helio predict photo.jpg --endpoint http://gpu-box:8000 --json
+
+It needs neither Ray nor TensorFlow.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
+
+from cluster.errors import EndpointError, HelioError
+from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from cluster.output import Output
+    from cluster.recipe import Recipe
+
+RETRIES = 5
+BACKOFF_S = 0.1
+"""The second try again waits twice this long, each further one twice as long as the one before."""
+
+
+class ImageError(HelioError):
+    """An image that cannot be read or that the endpoint refuses."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """An endpoint's answer for one image."""
+
+    request_id: str
+    label: str
+    probability: float
+    predictions: list[dict[str, Any]]
+    """The most probable classes, best first: `label`, `probability`."""
+    model: dict[str, str]
+    """What answered: `name`, `version`, `digest`."""
+    probabilities: dict[str, float] | None
+    """Of every class, where asked for."""
+
+
+class Client:
+    """Talks to one endpoint over one connection; give each thread its own."""
+
+    def __init__(self, url: str, timeout_s: float = 30.0) -> None:
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._session = requests.Session()
+        # A proxy of the environment cannot reach this machine's own loopback.
+        self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
+        # A refused connection and an overloaded endpoint have not begun the work: only these are tried again.
+        retry = Retry(
+            total=RETRIES, read=0, other=0, status_forcelist=[503], allowed_methods=None, backoff_factor=BACKOFF_S,
+            raise_on_status=False,
+        )  # fmt: skip
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(max_retries=retry))
+
+    def predict(self, image: bytes | Path, probabilities: bool = False) -> Prediction:
+        """Classify one image, given as encoded bytes or as a file.
+
+        Raises ImageError when the file cannot be read or is refused, EndpointError when there is no answer.
+        """
+        try:
+            data = image.read_bytes() if isinstance(image, Path) else image
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror}") from None
+        answer = self._call(
+            "POST",
+            "/v1/predict",
+            params={"probabilities": "true"} if probabilities else None,
+            data=data,
+            headers={"Content-Type": "application/octet-stream"},
+        )
+        best = answer["predictions"][0]
+        return Prediction(
+            answer["request_id"],
+            best["label"],
+            best["probability"],
+            answer["predictions"],
+            answer["model"],
+            answer.get("probabilities"),
+        )
+
+    def model(self) -> dict[str, Any]:
+        """What the endpoint serves: name, version, digest, classes, image_size. Raises EndpointError."""
+        return self._call("GET", "/v1/model")
+
+    def ready(self) -> bool:
+        """Whether the endpoint answers, asked once."""
+        try:
+            return requests.get(f"{self.url}/readyz", timeout=self._timeout_s).status_code == 200
+        except requests.RequestException:
+            return False
+
+    def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        try:
+            response = self._session.request(method, self.url + path, timeout=self._timeout_s, **arguments)
+            answer = response.json() if "json" in response.headers.get("content-type", "") else None
+        except requests.Timeout:
+            raise EndpointError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
+        except (requests.RequestException, ValueError):
+            raise EndpointError(
+                f"no endpoint answers at {self.url}: start one with `helio deploy RECIPE`, or give --endpoint URL"
+            ) from None
+        if response.status_code == 200 and isinstance(answer, dict):
+            return answer
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if error is None:
+            raise EndpointError(
+                f"{self.url} answered {response.status_code} and is no endpoint of helio, or has no replica"
+            )
+        if response.status_code in (400, 413, 415):
+            raise ImageError(error["message"])
+        raise EndpointError(f"{self.url} answered {response.status_code}: {error['message']}")
+
+
+def endpoint_url(config: ServeConfig) -> str:
+    """Where this machine finds the endpoint that `config` describes."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+
+
+def predict_command(
+    files: Sequence[str], recipe: "Recipe | None", endpoint: str | None, as_json: bool, output: "Output"
+) -> int:
+    """`helio predict`: 0 when every file was answered, 2 when one was not; the others are answered all the same."""
+    config = recipe.section(ServeConfig) if recipe else ServeConfig()
+    client = Client(endpoint or endpoint_url(config))
+    answers: list[dict[str, Any]] = []
+    failed = False
+    for file in files:
+        try:
+            prediction = client.predict(Path(file))
+        except ImageError as error:
+            failed = True
+            print(f"helio: {file}: {error}", file=output.messages)
+            continue
+        except EndpointError as error:
+            # Without an endpoint the files that are left would only repeat the line.
+            failed = True
+            print(f"helio: {file}: {error}", file=output.messages)
+            break
+        answers.append({"file": file, **asdict(prediction)})
+        if not as_json:
+            print(f"{file}  {prediction.label}  {prediction.probability:.4f}", file=output.results, flush=True)
+    if as_json:
+        print(json.dumps({"predictions": answers}, indent=2), file=output.results)
+    return 2 if failed else 0

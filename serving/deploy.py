@@ -1,0 +1,167 @@
+"""Serves a registered bundle until it is told to stop.
+
+    helio deploy quickstart
+    helio deploy quickstart --bundle helio-workspace/bundles/quickstart serve.port=8080
+
+`helio run` ends with the same endpoint.
+"""
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EADDRINUSE
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import EndpointError
+from cluster.profile import Profile
+from cluster.run import Run
+from cluster.session import ray_session
+from jobs.bundle import Bundle
+from jobs.registry import ModelVersion, Registry
+from serving.client import Client, endpoint_url
+from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from cluster.output import Output
+    from cluster.recipe import Recipe
+
+READY_WITHIN_S = 60.0
+"""From the application that runs to the first answer through its port."""
+
+
+@contextmanager
+def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> Iterator[str]:
+    """Serve `version` on the open Ray session for the length of the block; yields the URL.
+
+    Raises EndpointError when the port is taken or the model does not come up, CheckpointError when the bundle is not
+    the registered one.
+    """
+    check_port(config)
+    version.open()
+    # Ray Serve reads its environment when it is imported, and the session has just set it.
+    import ray
+    from ray import serve
+
+    from serving.app import NAME, build_application
+
+    _check_cluster(config, sum(node["Alive"] for node in ray.nodes()), bool(serve.status().proxies))
+    try:
+        try:
+            serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+            serve.run(build_application(config, version, profile.replicas), name=NAME, route_prefix="/")
+        except (RuntimeError, TimeoutError) as error:
+            raise EndpointError(
+                f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
+            ) from error
+        url = endpoint_url(config)
+        _wait_until_ready(url)
+        yield url
+    finally:
+        serve.shutdown()
+
+
+def check_port(config: ServeConfig) -> None:
+    """Raise EndpointError when nothing can listen on the endpoint's port."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        place = f"serve.port {config.port} on {config.host}"
+        if error.errno == EADDRINUSE:
+            raise EndpointError(f"{place} is in use: stop what listens there or set serve.port=…") from None
+        raise EndpointError(f"{place} cannot be opened ({error.strerror}): set serve.host=… or serve.port=…") from None
+
+
+def _check_cluster(config: ServeConfig, nodes: int, serve_runs: bool) -> None:
+    if serve_runs:
+        raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
+    # Replicas listen on the endpoint's host, too: on a loopback address other nodes' could not be reached.
+    if nodes > 1 and config.host in ("127.0.0.1", "localhost", "::1"):
+        raise EndpointError(
+            f"serve.host is {config.host} and the cluster has {nodes} nodes, whose replicas could not be reached: "
+            "set serve.host=0.0.0.0"
+        )
+
+
+def _reason(error: BaseException, application: str) -> str:
+    """The one line that says why a replica did not come up: the last of its traceback."""
+    from ray import serve
+
+    status = serve.status().applications.get(application)
+    messages = [deployment.message for deployment in status.deployments.values()] if status else []
+    text = next((message for message in messages if message.strip()), str(error))
+    return text.strip().splitlines()[-1].strip()
+
+
+def _wait_until_ready(url: str) -> None:
+    client, deadline = Client(url, timeout_s=5.0), time.monotonic() + READY_WITHIN_S
+    while not client.ready():
+        if time.monotonic() > deadline:
+            raise EndpointError(f"the endpoint {url} runs and did not answer within {READY_WITHIN_S:g} s: see the log")
+        time.sleep(0.05)
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """The deploy stage: serve what export registered and send it held-out images.
+
+    The endpoint stays up until `run.cleanup` is closed. Raises EndpointError when it answers from another bundle, or
+    other than the bundle called directly.
+    """
+    from jobs.data.dataset import Dataset
+    from serving import check
+
+    config = run.recipe.section(ServeConfig)
+    check_port(config)
+    exported = run.require("export")
+    version = ModelVersion(
+        exported["model"], str(exported["version"]), Path(exported["bundle"]), exported["bundle_digest"]
+    )
+    dataset = Dataset.open(Path(run.require("ingest")["dataset"]))
+    held_out = check.HeldOut.read(dataset, config.check_images)
+    expected = check.predict_directly(version, held_out.images, config.max_batch_size, run.profile.replicas)
+
+    url = run.cleanup.enter_context(endpoint(run.profile, config, version))
+    answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress)
+    difference = check.largest_difference(answers, expected, dataset.classes, version)
+    check.write_predictions(run.directory / "predictions.parquet", held_out, answers)
+    return {
+        "endpoint": url,
+        "model": version.model,
+        "model_version": version.version,
+        "bundle_digest": answers[0].model["digest"],
+        "max_difference": difference,
+        **check.summary(held_out, answers, latencies_ms),
+    }
+
+
+def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_json: bool, output: "Output") -> int:
+    """`helio deploy`: serve the champion, or the bundle given, until Ctrl-C or SIGTERM."""
+    config = recipe.section(ServeConfig)
+    check_port(config)
+    logs = profile.storage_path / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with output.noise_to(logs / "deploy.log"):
+        version = _unregistered(Path(bundle)) if bundle else _champion(profile, recipe.name)
+        with ray_session(profile, ["deploy"]), endpoint(profile, config, version) as url:
+            found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
+            line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
+            print(json.dumps(found) if as_json else line, file=output.results, flush=True)
+            try:
+                signal.pause()
+            except KeyboardInterrupt:
+                print("helio: stopping the endpoint", file=output.messages)
+    return 0
+
+
+def _champion(profile: Profile, model: str) -> ModelVersion:
+    return Registry(profile.storage_path).require(model, "champion")
+
+
+def _unregistered(directory: Path) -> ModelVersion:
+    bundle = Bundle.open(directory.resolve())
+    name = str(bundle.manifest.get("model", bundle.directory.name))
+    return ModelVersion(name, "unregistered", bundle.directory, bundle.digest)

@@ -1,0 +1,214 @@
+"""One real endpoint, asked over HTTP."""
+
+import concurrent.futures
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import ray
+import requests
+from PIL import Image
+
+from cluster.errors import CheckpointError, EndpointError
+from jobs.registry import ModelVersion
+from serving.app import NAME, batch_sizes
+from serving.check import spread_over_classes
+from serving.client import Client
+from serving.config import ServeConfig
+from serving.deploy import endpoint
+from tests.serving.conftest import CLASSES, IMAGE_SIZE, PROFILE, picture
+
+
+def post(url: str, **arguments: Any) -> requests.Response:
+    return requests.post(f"{url}/v1/predict", timeout=30, **arguments)
+
+
+def error_of(response: requests.Response) -> tuple[int, str]:
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"code", "message"} and "/" not in error["message"].replace("image/*", "").replace(
+        "application/", ""
+    )
+    return response.status_code, error["code"]
+
+
+def rotated_jpeg() -> bytes:
+    """A photo as a phone held upright writes it: pixels lying, EXIF orientation 6."""
+    import io
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = cv2.imdecode(np.frombuffer(picture(9, 40, 64), np.uint8), cv2.IMREAD_COLOR_RGB)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95, exif=exif)
+    return file.getvalue()
+
+
+IMAGES = {
+    "png": picture(1),
+    "jpeg to shrink": picture(2, 61, 47, ".jpg"),
+    "jpeg to enlarge": picture(3, 9, 11, ".jpg"),
+    "jpeg of the model's size": picture(4, suffix=".jpg"),
+    "rotated jpeg": rotated_jpeg(),
+    "webp": picture(5, 40, 40, ".webp"),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_endpoint_answers_what_the_bundle_does(url: str, direct: Any, version: ModelVersion, kind: str) -> None:
+    answer = Client(url).predict(IMAGES[kind], probabilities=True)
+    expected = dict(zip(CLASSES, ray.get(direct.predict.remote([IMAGES[kind]]))[0], strict=True))
+    assert answer.probabilities == pytest.approx(expected, abs=1e-5)
+    assert answer.model == {"name": "tiny", "version": "7", "digest": version.digest}
+
+
+@pytest.mark.parametrize("kind", set(IMAGES) - {"webp"})
+def test_the_bundle_given_encoded_bytes_answers_the_same(direct: Any, kind: str) -> None:
+    pixels, encoded = ray.get([direct.predict.remote([IMAGES[kind]]), direct.predict_encoded.remote([IMAGES[kind]])])
+    assert np.abs(pixels - encoded).max() < 1e-5
+
+
+def test_the_answer_carries_the_most_probable_labels_first(url: str) -> None:
+    answer = Client(url).predict(picture(1), probabilities=True)
+    assert answer.probabilities is not None
+    best = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:3]
+    assert [(p["label"], p["probability"]) for p in answer.predictions] == best
+    assert (answer.label, answer.probability) == best[0]
+
+
+def test_multipart_and_plain_body_agree(url: str) -> None:
+    plain = post(url, data=picture(1), headers={"Content-Type": "image/png"})
+    form = post(url, files={"file": ("a.png", picture(1))})
+    assert plain.status_code == form.status_code == 200
+    assert plain.json()["predictions"] == form.json()["predictions"]
+    assert "probabilities" not in plain.json()
+    assert plain.json()["request_id"] == plain.headers["x-request-id"] != form.json()["request_id"]
+
+
+def test_many_at_once_are_each_answered_with_their_own_image(url: str, direct: Any) -> None:
+    images = [picture(seed) for seed in range(24)]
+    expected = ray.get(direct.predict.remote(images))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda image: Client(url).predict(image, probabilities=True), images))
+    for answer, row in zip(answers, expected, strict=True):
+        assert answer.probabilities == pytest.approx(dict(zip(CLASSES, row, strict=True)), abs=1e-5)
+
+
+def test_the_endpoint_says_what_it_is(url: str, version: ModelVersion) -> None:
+    assert Client(url).model() == {
+        "name": "tiny",
+        "version": "7",
+        "digest": version.digest,
+        "classes": CLASSES,
+        "image_size": IMAGE_SIZE,
+    }
+    for path in ("/healthz", "/readyz"):
+        assert requests.get(url + path, timeout=30).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"data": b"", "headers": {"Content-Type": "image/png"}},
+        {"files": {"other": b"bytes"}},
+        {"files": {"file": b""}},
+        {"data": b"--", "headers": {"Content-Type": "multipart/form-data"}},
+    ],
+)
+def test_a_request_without_an_image_is_a_bad_request(url: str, request_: dict[str, Any]) -> None:
+    assert error_of(post(url, **request_))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ({"data": b"no image", "headers": {"Content-Type": "image/png"}}, "not_an_image"),
+        ({"data": picture(1)[:60], "headers": {"Content-Type": "image/png"}}, "not_an_image"),
+        ({"data": picture(2, suffix=".jpg")[:-60], "headers": {"Content-Type": "image/jpeg"}}, "not_an_image"),
+        ({"json": {"image": "cat.png"}}, "unsupported_content_type"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(url: str, request_: dict[str, Any], code: str) -> None:
+    assert error_of(post(url, **request_)) == (415, code)
+
+
+@pytest.mark.parametrize("size", [100_001, 20_000_000])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_over_the_limit_is_refused(url: str, size: int, chunked: bool) -> None:
+    body = (b"x" * 50_000 for _ in range(size // 50_000 + 1)) if chunked else b"x" * size
+    assert error_of(post(url, data=body, headers={"Content-Type": "image/png"})) == (413, "too_large")
+
+
+def test_other_paths_and_queries_answer_in_json(url: str) -> None:
+    assert requests.get(f"{url}/v2", timeout=30).json()["error"]["code"] == "not_found"
+    response = requests.post(f"{url}/v1/predict?probabilities=perhaps", data=picture(1), timeout=30)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
+
+
+def test_a_full_queue_is_answered_at_once_and_then_replicas_are_added(url: str, config: ServeConfig) -> None:
+    """The deployment begins with one replica of four slots and four places to wait, and may have two."""
+
+    def ask(seed: int) -> tuple[int, float, str]:
+        started = time.monotonic()
+        response = post(url, data=picture(seed), headers={"Content-Type": "image/png"})
+        code = response.json()["error"]["code"] if response.status_code != 200 else ""
+        return response.status_code, time.monotonic() - started, code
+
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(ask, range(200)))
+        counts = Counter((status, code) for status, _, code in answers)
+        assert set(counts) == {(200, ""), (503, "overloaded")}, counts
+        assert counts[200, ""] >= 8
+        assert max(seconds for _, seconds, _ in answers) < 10
+
+        deadline = time.monotonic() + 60
+        while replicas() < 2:
+            assert time.monotonic() < deadline, "no second replica came under load"
+            list(pool.map(ask, range(40)))
+    assert config.max_replicas == 2
+
+
+def replicas() -> int:
+    from ray import serve
+
+    states = serve.status().applications[NAME].deployments["Predictor"].replica_states
+    return int({str(getattr(k, "value", k)): count for k, count in states.items()}.get("RUNNING", 0))
+
+
+def test_a_taken_port_is_refused_before_anything_starts(url: str, config: ServeConfig, version: ModelVersion) -> None:
+    started = time.monotonic()
+    with pytest.raises(EndpointError) as caught, endpoint(PROFILE, config, version):
+        pass
+    assert str(caught.value) == (
+        f"serve.port {config.port} on 127.0.0.1 is in use: stop what listens there or set serve.port=…"
+    )
+    assert time.monotonic() - started < 1
+    assert Client(url).ready()
+
+
+def test_a_bundle_that_is_not_the_registered_one_is_refused(version: ModelVersion, ray_cluster: None) -> None:
+    other = ModelVersion(version.model, version.version, version.bundle, "0" * 64)
+    with pytest.raises(CheckpointError, match="changed or damaged"), endpoint(PROFILE, ServeConfig(port=1024), other):
+        pass
+
+
+def test_batches_are_padded_to_few_sizes() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(6) == [1, 2, 4, 6]
+    assert batch_sizes(16) == [1, 2, 4, 8, 16]
+
+
+def test_held_out_images_take_turns_by_class() -> None:
+    labels = np.array([1, 1, 1, 0, 0, 2], np.int32)
+    assert spread_over_classes(labels, 4) == [3, 0, 5, 4]
+    assert spread_over_classes(labels, 99) == [3, 0, 5, 4, 1, 2]
+
+
+def test_errors_are_one_document() -> None:
+    from serving.upload import error_document
+
+    assert json.loads(json.dumps(error_document("code", "text"))) == {"error": {"code": "code", "message": "text"}}
