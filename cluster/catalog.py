@@ -18,20 +18,26 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: `target` is called with the run and returns its JSON-serialisable result."""
+    """One stage of a run: `target` is called with the run and returns its JSON-serialisable result.
+
+    `preflight`, called with recipe and profile before anything starts, raises HelioError for what can be known then.
+    """
 
     name: str
     target: str
     title: str
+    preflight: str | None = None
+    repeats: bool = False
+    """Done again by a resumed run: what it leaves behind ends with the command."""
 
 
 STAGES = (
-    Stage("ingest", "jobs.ingest:run_stage", "Ingest"),
-    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train"),
-    Stage("tune", "tuning.search:run_stage", "Search from the pre-trained start"),
+    Stage("ingest", "jobs.ingest:run_stage", "Ingest", "jobs.ingest:preflight"),
+    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:preflight"),
+    Stage("tune", "tuning.search:run_stage", "Search from the pre-trained start", "tuning.search:preflight"),
     Stage("baseline", "tuning.search:run_baseline_stage", "Search from scratch"),
     Stage("export", "jobs.export:run_stage", "Export and register"),
-    Stage("deploy", "serving.deploy:run_stage", "Deploy and check"),
+    Stage("deploy", "serving.deploy:run_stage", "Deploy and check", "serving.deploy:preflight", repeats=True),
 )
 """The stages of `helio run`, in order."""
 

@@ -1,4 +1,4 @@
-"""The `helio` command. It knows the rooms only as names (`cluster.catalog`), so that `helio --help` loads nothing heavy."""
+"""The `helio` command. It knows the rooms only by name (`cluster.catalog`): `helio --help` loads nothing heavy."""
 
 import argparse
 import json
@@ -123,7 +123,7 @@ def _profile(arguments: argparse.Namespace) -> tuple["Profile | None", list[str]
 
 
 def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
-    from cluster.plan import plan
+    from cluster.plan import plan, preflight, stages_until
     from cluster.profile import load_profile
     from cluster.progress import RunProgress
     from cluster.recipe import load_recipe
@@ -141,10 +141,14 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if arguments.dry_run:
         _print_plan(plan(recipe, profile, until), arguments.json)
         return 0
+    stages = stages_until(recipe, until)
+    if arguments.resume:
+        stages = [stage for stage in stages if stage.repeats or run.result(stage.name) is None]
+    preflight(recipe, profile, stages)
     if not arguments.resume:
         run = create_run(recipe, profile, progress)
     pipeline = catalog.load("jobs.pipeline:run_stages")
-    results: dict[str, Any] = pipeline(run, until, output, getattr(arguments, "keep_serving", False))
+    results: dict[str, Any] = pipeline(run, stages, output, getattr(arguments, "keep_serving", False))
     if arguments.json:
         print(json.dumps(results, indent=2), file=output.results)
     return 0

@@ -32,7 +32,7 @@ def listening(handle: Callable[[Event], None], interval_s: float = 0.5) -> Itera
 
     A `handle` that raises ends the listening; its exception is raised at the end of the block.
     """
-    queue = EventQueue.remote()
+    queue: Any = EventQueue.remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     failure: list[BaseException] = []
 

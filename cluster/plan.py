@@ -1,10 +1,12 @@
 """What a run would do and what it would need, without doing any of it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from cluster import catalog
 from cluster.profile import Profile
 from cluster.recipe import Recipe
+from cluster.session import check_capacity_here
 
 NEED_OF_STAGE = {"pretrain": "pretrain", "tune": "tune", "baseline": "tune", "export": "tune", "deploy": "deploy"}
 """Which of the profile's needs a stage has; ingest runs in the data tasks alone."""
@@ -20,10 +22,18 @@ def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
     return [stage for stage in catalog.STAGES[: names.index(until) + 1] if stage.name not in left_out]
 
 
-def kinds_until(recipe: Recipe, until: str) -> list[str]:
+def kinds_of(stages: Iterable[catalog.Stage]) -> list[str]:
     """The kinds of resource need of these stages."""
-    kinds = [NEED_OF_STAGE[stage.name] for stage in stages_until(recipe, until) if stage.name in NEED_OF_STAGE]
+    kinds = [NEED_OF_STAGE[stage.name] for stage in stages if stage.name in NEED_OF_STAGE]
     return list(dict.fromkeys(kinds))
+
+
+def preflight(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
+    """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
+    check_capacity_here(profile, kinds_of(stages))
+    for stage in stages:
+        if stage.preflight is not None:
+            catalog.load(stage.preflight)(recipe, profile)
 
 
 def plan(recipe: Recipe, profile: Profile, until: str) -> dict[str, Any]:

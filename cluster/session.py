@@ -46,6 +46,14 @@ def local_cpus(profile: Profile) -> int:
     return profile.num_cpus or len(os.sched_getaffinity(0))
 
 
+def check_capacity_here(profile: Profile, kinds: Iterable[str]) -> None:
+    """The same for a Ray that would be started here, as far as it is known; a cluster tells once it is reached."""
+    if profile.address is None:
+        # Only Ray finds out how many GPUs there are, where the profile does not say.
+        gpus = float("inf") if profile.num_gpus is None else profile.num_gpus
+        check_capacity(profile, kinds, local_cpus(profile), gpus, "this machine")
+
+
 @contextmanager
 def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     """Connect to Ray, or start it, for the length of the block.
@@ -54,10 +62,6 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     one of `kinds` can never be placed, HelioError when the cluster cannot be reached.
     """
     kinds = list(kinds)
-    if profile.address is None and profile.num_gpus is None:
-        check_capacity(profile, [k for k in kinds if not profile.needs()[k][1]], local_cpus(profile), 0, "this machine")
-    elif profile.address is None:
-        check_capacity(profile, kinds, local_cpus(profile), profile.num_gpus or 0, "this machine")
     environment = session_environment(profile)
     os.environ.update(environment)
     import ray

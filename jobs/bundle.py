@@ -55,7 +55,8 @@ class Bundle:
         found = _digest(directory)
         if digest is not None and found != digest:
             raise CheckpointError(
-                f"{directory}: the bundle was changed or damaged: its digest is {found[:12]}…, registered is {digest[:12]}…"
+                f"{directory}: the bundle was changed or damaged: its digest is {found[:12]}…, registered was "
+                f"{digest[:12]}…: export it again"
             )
         return cls(directory, manifest, found)
 

@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.profile import Profile
+from cluster.recipe import Recipe
 from cluster.run import Run, write_json
 from jobs.data.config import DataConfig
 from jobs.data.dataset import FORMAT, SCHEMA, SPLITS, Dataset
@@ -40,6 +42,11 @@ class Image:
     split: str | None
     width: int
     height: int
+
+
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """The source must be there and hold something. Raises DataError."""
+    open_source(recipe.section(DataConfig).source, profile.storage_path).check()
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -142,7 +149,8 @@ def _verify_files(root: str, files: list[dict[str, Any]]) -> list[dict[str, Any]
 def _check_classes(images: list[Image], rejected: list[dict[str, str]], read: int) -> list[str]:
     if not images:
         raise DataError(
-            f"none of the {read} files is an image that can be decoded: {rejected[0]['source']}: {rejected[0]['reason']}"
+            f"none of the {read} files is an image that can be decoded, the first: {rejected[0]['source']}: "
+            f"{rejected[0]['reason']}"
         )
     counts = Counter(image.label for image in images)
     if len(counts) < 2:

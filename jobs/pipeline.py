@@ -1,19 +1,21 @@
 """The pipeline: the stages of a run one after another, each recorded, so that a run can go on where it stopped."""
 
+import signal
+from collections.abc import Sequence
 from typing import Any
 
 from cluster import catalog
 from cluster.output import Output
-from cluster.plan import kinds_until, stages_until
+from cluster.plan import kinds_of
 from cluster.run import Run, write_json
 from cluster.session import ray_session
-
-ALWAYS = "deploy"
-"""The endpoint of an earlier command is gone: a resumed run starts it again."""
+from jobs.report import results_page, write_report
 
 
-def run_stages(run: Run, until: str, output: Output, keep_serving: bool = False) -> dict[str, Any]:
-    """Carry out what the run has not finished, up to the stage `until`. Returns the run's results.
+def run_stages(
+    run: Run, stages: Sequence[catalog.Stage], output: Output, keep_serving: bool = False
+) -> dict[str, Any]:
+    """Carry out `stages` of a run and return the results of the whole run.
 
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.
     """
@@ -21,19 +23,31 @@ def run_stages(run: Run, until: str, output: Output, keep_serving: bool = False)
         run.progress.redirect(output.messages)
         run.progress.say(f"run {run.name} in {run.directory}")
         try:
-            with ray_session(run.profile, kinds_until(run.recipe, until)), run.cleanup:
-                for stage in stages_until(run.recipe, until):
-                    if run.result(stage.name) is not None and stage.name != ALWAYS:
+            with ray_session(run.profile, kinds_of(stages)), run.cleanup:
+                for stage in catalog.STAGES:
+                    if stage in stages:
+                        run.progress.say(stage.title)
+                        run.carry_out(stage)
+                    elif run.result(stage.name) is not None:
                         run.progress.say(f"{stage.title}: finished before")
-                        continue
-                    run.progress.say(f"{stage.title}")
-                    run.carry_out(stage)
                 results = collect_results(run)
                 write_json(run.directory / "results.json", results)
+                write_report(run)
+                run.progress.console.print(results_page(run))
+                if keep_serving:
+                    run.progress.say("the endpoint stays up until Ctrl-C")
+                    _wait_for_interrupt()
         except KeyboardInterrupt:
-            run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from here")
+            run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise
     return results
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        return
 
 
 def collect_results(run: Run) -> dict[str, Any]:

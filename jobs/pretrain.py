@@ -13,6 +13,8 @@ from typing import Any
 
 from cluster.errors import HelioError
 from cluster.events import Event, listening
+from cluster.profile import Profile
+from cluster.recipe import Recipe
 from cluster.run import Run
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -25,15 +27,20 @@ from jobs.training.config import PretrainConfig, total_steps
 CHECKPOINTS_KEPT = 2
 
 
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """The workers must share the global batch evenly. Raises HelioError."""
+    batch, workers = recipe.section(PretrainConfig).global_batch_size, profile.train.workers
+    if batch % workers:
+        raise HelioError(
+            f"pretrain.global_batch_size must be a multiple of the {workers} workers of profile {profile.name}, "
+            f"got {batch}: use {batch - batch % workers or workers}"
+        )
+
+
 def run_stage(run: Run) -> dict[str, Any]:
     """Pre-train the recipe's backbone on the training split of the run's data set."""
     config = run.recipe.section(PretrainConfig)
     resources = run.profile.train
-    if config.global_batch_size % resources.workers:
-        raise HelioError(
-            f"pretrain.global_batch_size must be a multiple of the {resources.workers} workers of profile "
-            f"{run.profile.name}, got {config.global_batch_size}"
-        )
     dataset = Dataset.open(run.require("ingest")["dataset"])
     history = _History(run)
     with Tracker(run) as tracker:

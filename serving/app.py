@@ -11,7 +11,6 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 
 import asyncio
 import uuid
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -151,19 +150,17 @@ def batch_sizes(largest: int) -> list[int]:
 
 def build_application(config: ServeConfig, version: ModelVersion, resources: ReplicaResources) -> serve.Application:
     """The application that serves `version` as the recipe says, each replica with the profile's resources."""
-    with warnings.catch_warnings():
-        # Serve's 10 s between reports would hold back any shorter delay; the variable that is to replace the
-        # deprecated field is not read by Ray 2.60.
-        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
-        autoscaling = AutoscalingConfig(
-            min_replicas=config.min_replicas,
-            max_replicas=config.max_replicas,
-            target_ongoing_requests=config.target_ongoing_requests,
-            upscale_delay_s=config.upscale_delay_s,
-            downscale_delay_s=config.downscale_delay_s,
-            metrics_interval_s=1.0,
-            look_back_period_s=max(2.0, config.upscale_delay_s),
-        )
+    autoscaling = AutoscalingConfig(
+        min_replicas=config.min_replicas,
+        max_replicas=config.max_replicas,
+        target_ongoing_requests=config.target_ongoing_requests,
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        # Serve's 10 s between reports would hold back any shorter delay. The field is called deprecated, but the
+        # environment variable that is to replace it is not read by Ray 2.60.
+        metrics_interval_s=1.0,
+        look_back_period_s=max(2.0, config.upscale_delay_s),
+    )
     deployment = serve.deployment(
         serve.ingress()(Predictor),
         name="Predictor",

@@ -124,9 +124,9 @@ class Client:
         raise EndpointError(f"{self.url} answered {response.status_code}: {error['message']}")
 
 
-def endpoint_url(config: ServeConfig) -> str:
-    """Where this machine finds the endpoint that `config` describes."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+def endpoint_url(config: ServeConfig, any_host: str = "127.0.0.1") -> str:
+    """The URL of the endpoint that `config` describes; `any_host` stands for one that is open to the network."""
+    host = any_host if config.host in ("0.0.0.0", "::") else config.host
     return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 

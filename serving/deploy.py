@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
 
+HEAD = "node:__internal_head__"
+"""Ray's resource of the node whose proxy takes the requests."""
+
 
 @contextmanager
 def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> Iterator[str]:
@@ -40,15 +43,19 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     Raises EndpointError when the port is taken or the model does not come up, CheckpointError when the bundle is not
     the registered one.
     """
-    check_port(config)
-    version.open()
     # Ray Serve reads its environment when it is imported, and the session has just set it.
     import ray
     from ray import serve
 
+    if profile.address is None:
+        check_port(config)
+    else:
+        ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(check_port).remote(config))
+    version.open()
+    _check_cluster(config, sum(node["Alive"] for node in ray.nodes()), bool(serve.status().proxies))
+
     from serving.app import NAME, build_application
 
-    _check_cluster(config, sum(node["Alive"] for node in ray.nodes()), bool(serve.status().proxies))
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
@@ -57,15 +64,21 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
             raise EndpointError(
                 f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
             ) from error
-        url = endpoint_url(config)
+        url = endpoint_url(config, _head_address() if profile.address else "127.0.0.1")
         _wait_until_ready(url)
         yield url
     finally:
         serve.shutdown()
 
 
+def preflight(recipe: "Recipe", profile: Profile) -> None:
+    """The endpoint's port must be free, as far as that can be seen from here. Raises EndpointError."""
+    if profile.address is None:
+        check_port(recipe.section(ServeConfig))
+
+
 def check_port(config: ServeConfig) -> None:
-    """Raise EndpointError when nothing can listen on the endpoint's port."""
+    """Raise EndpointError when nothing can listen on the endpoint's port of this machine."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         socket.create_server((config.host, config.port), family=family).close()
@@ -85,6 +98,13 @@ def _check_cluster(config: ServeConfig, nodes: int, serve_runs: bool) -> None:
             f"serve.host is {config.host} and the cluster has {nodes} nodes, whose replicas could not be reached: "
             "set serve.host=0.0.0.0"
         )
+
+
+def _head_address() -> str:
+    """The address of the node whose proxy takes the endpoint's requests."""
+    import ray
+
+    return str(next(node["NodeManagerAddress"] for node in ray.nodes() if HEAD in node["Resources"]))
 
 
 def _reason(error: BaseException, application: str) -> str:
@@ -115,7 +135,6 @@ def run_stage(run: Run) -> dict[str, Any]:
     from serving import check
 
     config = run.recipe.section(ServeConfig)
-    check_port(config)
     exported = run.require("export")
     version = ModelVersion(
         exported["model"], str(exported["version"]), Path(exported["bundle"]), exported["bundle_digest"]
@@ -140,8 +159,8 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_json: bool, output: "Output") -> int:
     """`helio deploy`: serve the champion, or the bundle given, until Ctrl-C or SIGTERM."""
+    preflight(recipe, profile)
     config = recipe.section(ServeConfig)
-    check_port(config)
     logs = profile.storage_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with output.noise_to(logs / "deploy.log"):
@@ -163,5 +182,5 @@ def _champion(profile: Profile, model: str) -> ModelVersion:
 
 def _unregistered(directory: Path) -> ModelVersion:
     bundle = Bundle.open(directory.resolve())
-    name = str(bundle.manifest.get("model", bundle.directory.name))
+    name = str(bundle.manifest.get("name", bundle.directory.name))
     return ModelVersion(name, "unregistered", bundle.directory, bundle.digest)

@@ -1,6 +1,5 @@
 """The recipe section that describes the search."""
 
-
 from pydantic import Field, model_validator
 
 from cluster.schema import Section

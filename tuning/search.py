@@ -13,6 +13,8 @@ from typing import Any
 
 from cluster.errors import HelioError
 from cluster.events import Event, listening
+from cluster.profile import Profile
+from cluster.recipe import Recipe
 from cluster.run import Run
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -26,11 +28,18 @@ from tuning.config import TuneConfig
 METRIC = "accuracy"
 
 
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """A checkpoint that the recipe names must be there and fit its model. Raises CheckpointError."""
+    given = recipe.section(TuneConfig).checkpoint
+    if given is not None:
+        model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
+        Checkpoint.open(given).check_model(model, image_size)
+
+
 def run_stage(run: Run) -> dict[str, Any]:
     """Search from the pre-trained backbone: the run's own, or that of `tune.checkpoint`."""
     given = run.recipe.section(TuneConfig).checkpoint
     checkpoint = Checkpoint.open(given or run.require("pretrain")["checkpoint"])
-    checkpoint.check_model(run.recipe.section(ModelConfig), run.recipe.section(DataConfig).image_size)
     return _search(run, "tune", checkpoint)
 
 
@@ -192,8 +201,8 @@ def _summary(
     configuration = base.model_copy(update=best.params)
     shown = ", ".join(f"{name} {value:.3g}" for name, value in best.params.items())
     run.progress.say(
-        f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; best: trial {best.number}, "
-        f"validation accuracy {accuracy:.1%} after {epochs} epochs ({shown})"
+        f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; "
+        f"best: trial {best.number}, validation accuracy {accuracy:.1%} after {epochs} epochs ({shown})"
     )
     return {
         "initial": str(checkpoint.directory) if checkpoint else "scratch",

@@ -40,13 +40,21 @@ class FolderSource:
 
     root: Path
 
+    def check(self) -> None:
+        """Raise DataError when the source is missing or holds no file, without listing it whole."""
+        if not self.root.is_dir():
+            raise DataError(f"data.source must be a folder of class folders, there is none at {str(self.root)!r}")
+        tops = _folders(self.root)
+        if not any(next(_walk(top), None) for top in tops):
+            what = "has class folders but no files" if tops else "has no class folders"
+            raise DataError(f"data.source {str(self.root)!r} {what}: it needs <class>/<image files>")
+
     def files(self) -> list[SourceFile]:
         """Every file, ordered by path. Hidden files are no images and are passed over.
 
         Raises DataError when the source is missing, has no class folders, or has no files.
         """
-        if not self.root.is_dir():
-            raise DataError(f"data.source must be a folder of class folders, there is none at {str(self.root)!r}")
+        self.check()
         found: list[SourceFile] = []
         tops = _folders(self.root)
         # A lone `train` of files only is a class by that name.
@@ -55,9 +63,6 @@ class FolderSource:
             for folder in _folders(top) if by_split else [top]:
                 split = SPLIT_NAMES[top.name.lower()] if by_split else None
                 found += (self._describe(path, folder.name, split) for path in _walk(folder))
-        if not found:
-            what = "has no class folders" if not tops else "has class folders but no files"
-            raise DataError(f"data.source {str(self.root)!r} {what}: it needs <class>/<image files>")
         # Only a split that holds more than training images counts: a lone `train` folder is to be split.
         if {file.split for file in found} == {"train"}:
             found = [SourceFile(f.path, f.label, None, f.size, f.modified_ns) for f in found]

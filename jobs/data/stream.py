@@ -1,7 +1,7 @@
 """Augmented images from shards into a training worker, by Ray Data, without ever holding the set.
 
-Each worker runs one pipeline over the steps that it has still to take: a task reads the rows of a few steps, decodes and
-augments them, and hands over uint8; tasks run on whatever node has room, a bounded number ahead of the step.
+Each worker runs one pipeline over the steps that it has still to take: a task reads the rows of a few steps, decodes
+and augments them, and hands over uint8; tasks run on whatever node has room, a bounded number ahead of the step.
 Images are uint8 [batch, view, height, width, channel], labels int32 [batch].
 """
 
@@ -163,7 +163,7 @@ def decode_split(
 
 
 def stratified_rows(labels: NDArray[np.int32], count: int, seed: int, minimum: int = 1) -> NDArray[np.int64]:
-    """About `count` rows with each class in its share, at least `minimum` of each; ascending, a function of the seed."""
+    """About `count` rows with each class in its share, at least `minimum` of each; ascending, drawn by `seed`."""
     generator = np.random.default_rng(seed)
     chosen: list[Any] = []
     for label in np.unique(labels):

@@ -1,7 +1,7 @@
 """Backbones: uint8 images in, one embedding vector an image out.
 
-Images are [batch, height, width, channel]; normalisation to -1..1 is the first layer, so that a backbone always sees the
-same scale in training, search and serving. Layers are named `stem…` and `stage<k>…`, which is what freezing goes by.
+Images are [batch, height, width, channel]; normalisation to -1..1 is the first layer, so that a backbone always sees
+the same scale in training, search and serving. Layers are named `stem…` and `stage<k>…`: freezing goes by that.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
 """What a pre-training method is, and which there are. Adding one is one file and its name here.
 
-A method owns the head on top of the backbone and the loss. The step calls `loss` in each worker on that worker's part of
-the global batch; the sum of what the workers return must be the loss of the whole global batch, so that any number of
-workers computes the same gradient.
+A method owns the head on top of the backbone and the loss. The step calls `loss` in each worker on that worker's part
+of the global batch; the sum of what the workers return must be the loss of the whole global batch, so that any number
+of workers computes the same gradient.
 """
 
 import importlib

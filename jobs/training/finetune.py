@@ -34,8 +34,8 @@ class LabelledImages:
     ids: list[str]
 
     def __add__(self, other: "LabelledImages") -> "LabelledImages":
-        images, labels = (np.concatenate(p) for p in ((self.images, other.images), (self.labels, other.labels)))
-        return LabelledImages(images, labels, self.ids + other.ids)
+        images = np.concatenate([self.images, other.images])
+        return LabelledImages(images, np.concatenate([self.labels, other.labels]), self.ids + other.ids)
 
 
 @dataclass(frozen=True)

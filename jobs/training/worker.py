@@ -152,7 +152,7 @@ class _Worker:
         self._tell(kind="resumed", step=checkpoint.state.step)
         return checkpoint.state.step
 
-    def _checkpoint(self, metrics: dict[str, float]) -> None:
+    def _checkpoint(self, metrics: dict[str, Any]) -> None:
         digest = weights_hash([*self.backbone.weights, *self.method.head.weights])
         hashes = self._gather_ints([int(digest[i : i + 7], 16) for i in range(0, 56, 7)])
         if len(np.unique(hashes, axis=0)) != 1:

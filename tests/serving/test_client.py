@@ -75,7 +75,7 @@ def test_asking_again_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_refused_image_is_not_sent_again(tmp_path: Path) -> None:
     refusal = 415, {"error": {"code": "not_an_image", "message": "send an image"}}
-    with scripted(refusal) as (url, given), pytest.raises(ImageError, match="^send an image$"):
+    with scripted(refusal) as (url, given), pytest.raises(ImageError, match=r"^send an image$"):
         Client(url).predict(b"bytes")
     assert given == [415]
     with pytest.raises(ImageError, match="cannot be read: No such file"):

@@ -1,0 +1,280 @@
+"""The figures of a report, as SVG and data URIs that stand inside the page.
+
+Matplotlib draws them through its object interface, so that no state of it outlives a call. Colours are those of Okabe
+and Ito (2008), which colour-blind readers tell apart; what a colour says, a marker or a line style says, too.
+"""
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import cv2
+import numpy as np
+
+from jobs.data.decode import decode_image
+
+BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
+SEARCH_COLORS = {"tune": BLUE, "baseline": VERMILION}
+SEARCH_NAMES = {"tune": "pre-trained start", "baseline": "from scratch"}
+STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+"""Optuna's states of a trial, as a reader names them; every other one is `unfinished`."""
+
+THUMBNAIL_PIXELS = 160
+STEP_LABEL = "step (optimizer updates)"
+LABEL_LENGTH = 18
+
+_STYLE = {
+    # Text stays text: it can be searched, and takes the font of the page.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "helio",
+    "font.size": 9,
+    "axes.axisbelow": True,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#d9dadc",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+_MARKERS: dict[str, dict[str, Any]] = {
+    "finished": {"marker": "o"},
+    "pruned": {"marker": "v", "markerfacecolor": "white"},
+    "failed": {"marker": "X", "markersize": 7},
+    "unfinished": {"marker": "s", "markerfacecolor": "white"},
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure with its caption, which is plain text; `svg` is an element for an HTML page."""
+
+    caption: str
+    svg: str
+
+
+def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
+    """Loss, learning rate, kNN accuracy and throughput of pre-training, by step."""
+    history = result["history"]
+    steps = [record["step"] for record in history]
+    resumed = result["resumed_from_steps"]
+
+    def curve(axes: Any, name: str, label: str, color: str, factor: float = 1.0) -> None:
+        marker = "o" if len(steps) <= 40 else None
+        axes.plot(steps, [factor * record[name] for record in history], color=color, marker=marker)
+        axes.set_ylabel(label)
+        for step in resumed:
+            axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
+
+    def loss(figure: Any) -> None:
+        axes = _axes(figure, STEP_LABEL)
+        curve(axes, "loss", "training loss (nats)", BLUE)
+
+    def learning_rate(figure: Any) -> None:
+        axes = _axes(figure, STEP_LABEL)
+        curve(axes, "learning_rate", "learning rate", BLUE)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+        axes.set_ylim(bottom=0)
+
+    def knn(figure: Any) -> None:
+        axes = _axes(figure, STEP_LABEL)
+        curve(axes, "knn_accuracy", "kNN accuracy (%)", BLUE, 100)
+        axes.axhline(100 * result["knn_random"], color=VERMILION, linestyle="--")
+        _legend(figure, [("pre-trained backbone", BLUE, "-", "o"), ("random backbone", VERMILION, "--", "")])
+
+    def throughput(figure: Any) -> None:
+        speed, waiting = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        curve(speed, "images_per_second", "images/s", BLUE)
+        curve(waiting, "data_wait_share", "waiting\nfor data (%)", VERMILION, 100)
+        for axes in (speed, waiting):
+            axes.set_ylim(bottom=0)
+        _whole_numbers(waiting)
+        waiting.set_xlabel(STEP_LABEL)
+
+    dotted = "; dotted: where it went on after an interruption" if resumed else ""
+    return [
+        _draw(f"Loss, mean of each epoch{dotted}", loss),
+        _draw("Learning rate at the end of each epoch", learning_rate),
+        _draw("kNN accuracy of the frozen features on validation images", knn),
+        _draw("Throughput of all workers, and the share of time in which they waited for images", throughput),
+    ]
+
+
+def best_accuracy(trial: Mapping[str, Any]) -> float | None:
+    """The best validation accuracy of any epoch of a trial; None where it reported none."""
+    return max(trial["curve"], default=None)
+
+
+def state_name(trial: Mapping[str, Any]) -> str:
+    """How the trial ended."""
+    return STATES.get(trial["state"], "unfinished")
+
+
+def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
+    """Each trial's best accuracy by its number, and the running best, of one search or of both (`tune`, `baseline`)."""
+    trials = [trial for search in searches.values() for trial in search["history"]]
+    present = {state_name(trial) for trial in trials}
+
+    def paint(figure: Any) -> None:
+        axes = _axes(figure, "trial number")
+        axes.set_ylabel("best validation accuracy (%)")
+        for name, search in searches.items():
+            numbers: list[int] = []
+            running: list[float] = []
+            for trial in sorted(search["history"], key=lambda trial: trial["number"]):
+                best, marker = best_accuracy(trial), _MARKERS[state_name(trial)]
+                number, color = trial["number"], SEARCH_COLORS[name]
+                if best is None:
+                    # Without any result it has no height: it stands on the axis.
+                    axes.plot(number, 0.02, color=color, transform=axes.get_xaxis_transform(), **marker)
+                    continue
+                numbers.append(number)
+                running.append(100 * best if not running else max(100 * best, running[-1]))
+                axes.plot(number, 100 * best, color=color, **marker)
+            axes.plot(numbers, running, color=color, drawstyle="steps-post", linewidth=1.4)
+        lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
+        _legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
+
+    return _draw("Best accuracy of each trial, in the order in which they began", paint)
+
+
+def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Validation accuracy by epoch of every trial, a chart for each search on the same scale, the winner on top."""
+    values = [value for search in searches.values() for trial in search["history"] for value in trial["curve"]]
+    limits = (100 * min(values) - 3, min(100 * max(values) + 3, 101))
+
+    def chart(name: str, search: Mapping[str, Any]) -> Chart:
+        def paint(figure: Any) -> None:
+            axes = _axes(figure, "epoch (passes over the labelled images)")
+            axes.set_ylabel("validation accuracy (%)")
+            axes.set_ylim(*limits)
+            color, winner = SEARCH_COLORS[name], search["best"]["number"]
+            trials = [trial for trial in search["history"] if trial["curve"]]
+            for trial in sorted(trials, key=lambda trial: trial["number"] == winner):
+                first = trial["number"] == winner
+                curve = [100 * value for value in trial["curve"]]
+                look = {"color": color, "alpha": 1.0 if first else 0.4}
+                axes.plot(range(1, len(curve) + 1), curve, linewidth=2.6 if first else 1.1, **look)
+                axes.plot(len(curve), curve[-1], **look, **_MARKERS[state_name(trial)])
+            ends = {state_name(trial) for trial in trials}
+            states = [(state, GREY, "", state) for state in _MARKERS if state in ends]
+            _legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
+
+        return _draw(f"Learning curves, {SEARCH_NAMES[name]}", paint)
+
+    return [chart(name, search) for name, search in searches.items()]
+
+
+def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
+    """Rows are true classes, coloured by the share of the row; the counts stand in the cells, 0 is left blank."""
+    counts = np.array(confusion)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = 100 * counts / np.maximum(totals, 1)
+    labels = [shortened(name) for name in classes]
+    cell = max(0.19, min(0.8, 4.6 / len(classes)))  # inches: 0.19 holds three digits that can be read
+    side = cell * len(classes)
+    count_size = min(10.0, 72 * cell * 0.9 / (0.62 * len(str(counts.max()))))
+    label_size = min(9.0, 72 * cell * 0.75)
+    margin = 0.9 + 0.075 * max(len(label) for label in labels) * label_size / 9
+
+    def paint(figure: Any) -> None:
+        from matplotlib.colors import PowerNorm
+
+        axes = figure.subplots()
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        # The square root makes one wrong answer in a hundred visible beside the diagonal.
+        norm = PowerNorm(0.5, 0, 100)
+        image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if norm(shares[row, column]) > 0.6 else "black"
+            place = {"ha": "center", "va": "center", "fontsize": count_size}
+            axes.text(column, row, str(counts[row, column]), color=color, **place)
+        places = range(len(labels))
+        rotation = 90 if max(len(label) for label in labels) * label_size * 0.6 > 72 * cell else 0
+        # Names are data: a $ in one is no mathematics.
+        axes.set_xticks(places, labels, rotation=rotation, fontsize=label_size, parse_math=False)
+        axes.set_yticks(places, labels, fontsize=label_size, parse_math=False)
+        axes.set_xlabel("predicted class")
+        axes.set_ylabel("true class")
+        height = min(1.0, 3 / side)
+        bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 5, 25, 50, 100], shrink=height, aspect=18, pad=0.02)
+        bar.set_label("share of the true class (%)")
+        bar.outline.set_visible(False)
+
+    return _draw(
+        f"Confusion matrix of {counts.sum():,} test images: the number in a cell counts images, none is left blank",
+        paint,
+        (max(side, 2.4) + margin + 0.9, max(side, 1.8) + margin),
+    )
+
+
+def thumbnail(data: bytes) -> str:
+    """An encoded image, made small where it is large, as a data URI. Raises DecodeError."""
+    pixels = decode_image(data)
+    scale = THUMBNAIL_PIXELS / max(pixels.shape[:2])
+    if scale < 1:
+        size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    kind = "png" if max(pixels.shape) <= 64 else "jpeg"
+    encoded = cv2.imencode(f".{kind}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1].tobytes()
+    return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def shortened(name: str) -> str:
+    """A class name that fits beside a cell."""
+    return name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…"
+
+
+def _axes(figure: Any, x_label: str) -> Any:
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    _whole_numbers(axes)
+    return axes
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
+    """Put a legend above the axes; an entry is text, colour, line style and marker or state of a trial."""
+    from matplotlib.lines import Line2D
+
+    lines = []
+    for text, color, style, marker in entries:
+        look = _MARKERS.get(marker, {"marker": marker})
+        lines.append(Line2D([], [], color=color, linestyle=style, label=text, **look))
+    figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.6, columnspacing=1.2)
+
+
+def _draw(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.7, 3.1)) -> Chart:
+    """Let `paint` fill a figure and return it as an SVG element without anything that points out of the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Matplotlib only measures text here; the browser has the letters that its own font lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure = Figure(figsize=inches, layout="constrained")
+        paint(figure)
+        absent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=absent)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text, count=2)
+    text = re.sub(r'(<text style="[^"]*?)font-family:[^;"]*;? ?', r"\1", text)
+    # The names of groups would come back in the next figure of the page; clip paths are named by their content.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    return Chart(caption, text.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1))

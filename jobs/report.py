@@ -1,0 +1,413 @@
+"""What a run has found, for a reader: report.html in the run's directory, and the page at the end of `helio run`.
+
+Sections whose stage has not finished are left out. Whatever comes from data is escaped here, or by `jobs.charts`.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cluster import catalog
+from cluster.run import Run, write_atomic
+from jobs import charts
+from jobs.registry import tracking_uri
+
+MAX_EXAMPLES = 60
+MAX_CONFUSIONS = 10
+ANSWERS_SHOWN = 8
+
+_CSS = """
+:root { color-scheme: light dark; --text: #1b1d21; --soft: #5b616b; --page: #f5f6f7; --card: #fff; --line: #dcdfe3;
+  --chart: #fff; --blue: #0072b2; --wrong: #c44d00; --mark: #e6f1f8 }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #a3a9b3; --page: #15171a; --card: #1e2125;
+  --line: #363b42; --chart: #f4f4f2; --blue: #56b4e9; --wrong: #ff8a3d; --mark: #20374a } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1120px; padding: 16px; background: var(--page); color: var(--text);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.6rem; margin: .2em 0 } h2 { font-size: 1.2rem; margin: 1.8em 0 .6em } p { margin: .3em 0 .8em }
+.soft, figcaption, dt, .tile small, .tile span { color: var(--soft) } a { color: var(--blue) }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px }
+.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)) }
+.tile, figure, details, .scroll, dl { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
+.tile { padding: 10px 14px } .tile span, .tile small { display: block; font-size: .82rem }
+.tile b { font-size: 1.3rem; line-height: 1.4 }
+figure { margin: 0 0 12px; padding: 10px; background: var(--chart) } .grid figure { margin: 0 }
+figcaption { color: #4a4f57; font-size: .85rem; margin-bottom: 6px }
+figure > div { overflow-x: auto } svg { display: block; margin: 0 auto; max-width: 640px; width: 100%; height: auto }
+.whole svg { width: auto; max-width: none } svg * { stroke-linejoin: round; stroke-linecap: butt }
+.scroll { overflow: auto; max-height: 520px; margin-bottom: 12px } table { border-collapse: collapse; width: 100% }
+th, td { padding: 5px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th { position: sticky; top: 0; background: var(--card); font-size: .82rem } .mark td { background: var(--mark) }
+.n { text-align: right; font-variant-numeric: tabular-nums } .bar { width: 60% } .bar i { display: block; height: 12px;
+  min-width: 2px; background: var(--blue); border-radius: 3px } caption { text-align: left; padding: 8px 10px 2px }
+.answers { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)) } .answer { padding: 8px; font-size: .82rem;
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px } .wrong { outline: 3px solid var(--wrong) }
+.answer img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8885; border-radius: 4px }
+.small { image-rendering: pixelated } .answer b { color: var(--wrong) }
+dl { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 4px 16px; padding: 12px; margin: 0 }
+dd { margin: 0 } details { padding: 10px 14px; margin-top: 28px } pre { overflow-x: auto; font-size: .82rem }
+"""
+
+
+def write_report(run: Run) -> Path:
+    """Write the report of what has finished so far to `<run>/report.html`, one file that needs no other."""
+    sections = {
+        "Results": _headlines(run),
+        "Pre-training": _pretraining(run),
+        "Search": _search(run),
+        "Test": _test(run),
+        "Held-out answers": _answers(run),
+        "Time": _time(run),
+        "Lineage": _lineage(run),
+    }
+    present = {title: body for title, body in sections.items() if body}
+    links = " ".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in present)
+    bodies = "\n".join(f'<h2 id="{_anchor(title)}">{title}</h2>\n{body}' for title, body in present.items())
+    recipe = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(run.name)}</title><style>{_CSS}</style></head><body>
+<h1>{escape(run.name)}</h1><p>{escape(run.recipe.header.description)}</p><nav>{links}</nav>
+{bodies}
+<details><summary>Recipe, every default written out</summary><pre>{escape(recipe)}</pre></details>
+</body></html>
+"""
+    path = run.directory / "report.html"
+    write_atomic(path, lambda target: target.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _headlines(run: Run) -> str:
+    pretrain, export, deploy = (run.result(stage) or {} for stage in ("pretrain", "export", "deploy"))
+    tiles: list[tuple[str, object, str]] = []
+    if deploy:
+        tiles += [("Served accuracy", f"{deploy['served_accuracy']:.1%}", f"{deploy['images']:,} held-out images")]
+    if export:
+        images = export["test_images"]
+        tiles += [("Test accuracy, pre-trained start", f"{export['accuracy_pretrained']:.1%}", f"{images:,} images")]
+        if export["accuracy_scratch"] is not None:
+            difference = _points(export["accuracy_pretrained"], export["accuracy_scratch"])
+            one = f"one test image is {100 / images:.2g} points"
+            tiles += [
+                ("Test accuracy, from scratch", f"{export['accuracy_scratch']:.1%}", "same search, same images"),
+                ("Gain from pre-training", difference, one),
+            ]
+    if pretrain:
+        random = pretrain["knn_random"]
+        note = f"random backbone {random:.1%}, {_points(pretrain['knn_pretrained'], random)}"
+        tiles += [("kNN accuracy, pre-trained backbone", f"{pretrain['knn_pretrained']:.1%}", note)]
+    if export:
+        note = f"{_alias(export)}, digest {export['bundle_digest'][:12]}"
+        tiles += [("Model", f"{export['model']} version {export['version']}", note)]
+    body = "".join(
+        f'<div class="tile"><span>{label}</span><b>{escape(str(value))}</b><small>{escape(note)}</small></div>'
+        for label, value, note in tiles
+    )
+    if deploy:
+        url = escape(deploy["endpoint"])
+        note = f"asked during the run, median latency {deploy['latency_ms_median']:.1f} ms"
+        body += f'<div class="tile"><span>Endpoint</span><a href="{url}">{url}</a><small>{note}</small></div>'
+    return f'<div class="grid tiles">{body}</div>' if body else ""
+
+
+def _pretraining(run: Run) -> str:
+    result = run.result("pretrain")
+    if result is None:
+        return ""
+    went_on = ", ".join(f"{step:,}" for step in result["resumed_from_steps"])
+    line = f"{result['method']}, {result['steps']:,} steps on {result['workers']} workers"
+    line += f", went on from the checkpoints of steps {went_on}" if went_on else ""
+    return f"<p>{escape(line)}</p>{_figures(charts.pretraining_charts(result))}"
+
+
+def _search(run: Run) -> str:
+    searches = _searches(run)
+    if not searches:
+        return ""
+    lines = []
+    for name, search in searches.items():
+        best = search["best"]
+        ends = ", ".join(
+            f"{count} {charts.STATES.get(state, 'unfinished')}" for state, count in search["states"].items()
+        )
+        lines.append(
+            f"{charts.SEARCH_NAMES[name].capitalize()}: {ends}; the winner is trial {best['number']} with "
+            f"{best['accuracy']:.1%} after {best['epochs']} epochs."
+        )
+    pairs = [(name, trial) for name, search in searches.items() for trial in search["history"]]
+    pairs.sort(key=lambda pair: -(charts.best_accuracy(pair[1]) or -1.0))
+    names = list(dict.fromkeys(name for _, trial in pairs for name in trial["params"]))
+    rows: list[list[str]] = []
+    winners = set()
+    for name, trial in pairs:
+        if trial["number"] == searches[name]["best"]["number"]:
+            winners.add(len(rows))
+        best = charts.best_accuracy(trial)
+        seconds = trial["seconds"]
+        rows.append(
+            [
+                charts.SEARCH_NAMES[name],
+                str(trial["number"]),
+                charts.state_name(trial),
+                "" if best is None else f"{best:.1%}",
+                str(len(trial["curve"])),
+                "" if seconds is None else f"{seconds:.1f}",
+                *(_figure(trial["params"][name]) if name in trial["params"] else "" for name in names),
+            ]
+        )
+    head = ["search", "trial", "state", "best accuracy", "epochs", "seconds", *(n.replace("_", " ") for n in names)]
+    return (
+        "".join(f"<p>{escape(line)}</p>" for line in lines)
+        + _figures([charts.search_chart(searches), *charts.learning_curves(searches)])
+        + _table("All trials, the best first; the winners are marked", head, rows, winners)
+    )
+
+
+def _test(run: Run) -> str:
+    export = run.result("export")
+    if export is None:
+        return ""
+    classes, confusion = export["classes"], export["confusion"]
+    figure = _figures([charts.confusion_chart(confusion, classes)], "whole")
+    wrong = [
+        (count, true, predicted)
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    ]
+    wrong.sort(key=lambda entry: -entry[0])
+    rows = [
+        [classes[true], classes[predicted], f"{count:,}", f"{count / sum(confusion[true]):.1%}"]
+        for count, true, predicted in wrong[:MAX_CONFUSIONS]
+    ]
+    head = ["true class", "predicted class", "images", "share of the true class"]
+    return figure + (_table("Taken for one another most often", head, rows) if rows else "")
+
+
+def _answers(run: Run) -> str:
+    path = run.directory / "predictions.parquet"
+    if run.result("deploy") is None or not path.exists():
+        return ""
+    rows = pq.read_table(path).to_pylist()
+    wrong = sum(not row["correct"] for row in rows)
+    # A confident mistake tells most.
+    rows.sort(key=lambda row: (row["correct"], -row["probability"]))
+    shown = rows[:MAX_EXAMPLES]
+    line = f"{wrong:,} of {len(rows):,} images were answered wrong: they come first, outlined, the most certain first."
+    if len(shown) < len(rows):
+        line += f" The first {len(shown)} are shown."
+    return f'<p>{line}</p><div class="grid answers">{"".join(_answer(row) for row in shown)}</div>'
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    label, predicted = escape(row["label"]), escape(row["predicted"])
+    said = f"{predicted}, {row['probability']:.1%}"
+    source = charts.thumbnail(row["image"])
+    small = ' class="small"' if source.startswith("data:image/png") else ""
+    return (
+        f'<div class="answer{"" if row["correct"] else " wrong"}"><img{small} src="{source}" loading="lazy" '
+        f'alt="an image of class {label}"><div>true: {label}</div>'
+        f"<div>{f'✓ {said}' if row['correct'] else f'<b>✗ {said}</b>'}</div></div>"
+    )
+
+
+def _time(run: Run) -> str:
+    seconds = run.seconds()
+    if not seconds:
+        return ""
+    longest, titles = max(*seconds.values(), 0.01), {stage.name: stage.title for stage in catalog.STAGES}
+    rows = "".join(
+        f'<tr><td>{titles[name]}</td><td class="n">{_duration(value)}</td>'
+        f'<td class="bar"><i style="width:{100 * value / longest:.1f}%"></i></td></tr>'
+        for name, value in seconds.items()
+    )
+    total = f'<tr><td>All stages</td><td class="n">{_duration(sum(seconds.values()))}</td><td></td></tr>'
+    return f'<div class="scroll"><table>{rows}{total}</table></div>'
+
+
+def _lineage(run: Run) -> str:
+    ingest, pretrain, export = (run.result(stage) or {} for stage in ("ingest", "pretrain", "export"))
+    entries: list[tuple[str, object]] = [("run directory", run.directory), ("recipe digest", run.recipe.digest)]
+    if ingest:
+        counts = ", ".join(f"{count:,} {split}" for split, count in ingest["counts"].items())
+        entries += [
+            ("data set", ingest["dataset"]),
+            ("data set fingerprint", ingest["fingerprint"]),
+            ("images", f"{ingest['written']:,} of {len(ingest['classes']):,} classes: {counts}"),
+            ("rejected files", f"{ingest['rejected']:,} of {ingest['read']:,} read"),
+        ]
+    if pretrain:
+        entries += [("checkpoint", pretrain["checkpoint"]), ("its weights, SHA-256", pretrain["weights_sha256"])]
+    for name, search in _searches(run).items():
+        entries += [
+            (f"study, {charts.SEARCH_NAMES[name]}", f"{search['study_name']} in {search['study']}"),
+            (f"trial, {charts.SEARCH_NAMES[name]}", f"{search['best']['number']}, start: {search['initial']}"),
+        ]
+    if export:
+        entries += [
+            ("bundle", export["bundle"]),
+            ("bundle digest", export["bundle_digest"]),
+            ("retrained on", f"{export['training_images']:,} labelled images"),
+        ]
+    versions = json.loads((run.directory / "run.json").read_text())["versions"]
+    entries += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries) + "</dl>"
+
+
+def results_page(run: Run) -> RenderableType:
+    """The figures of a run for a terminal, and where everything lies; 100 columns suffice."""
+    blocks = [_accuracies(run), _winner_and_endpoint(run), _first_answers(run), _places(run)]
+    return Group("", *(block for block in blocks if block is not None))
+
+
+def _accuracies(run: Run) -> Table | None:
+    pretrain, export = (run.result(stage) or {} for stage in ("pretrain", "export"))
+    rows = []
+    if export:
+        scratch = export["accuracy_scratch"]
+        rows.append((f"test, {export['test_images']:,} images", export["accuracy_pretrained"], scratch, "from scratch"))
+    if pretrain:
+        rows.append(("kNN, validation images", pretrain["knn_pretrained"], pretrain["knn_random"], "random backbone"))
+    table = Table("accuracy", box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("pre-trained", "compared with", "difference"):
+        table.add_column(head, justify="right")
+    for name, value, other, kind in rows:
+        compared = [f"{kind} {other:.1%}", _points(value, other)] if other is not None else ["", ""]
+        table.add_row(name, f"{value:.1%}", *compared)
+    return table if rows else None
+
+
+def _winner_and_endpoint(run: Run) -> Table | None:
+    export, deploy = run.result("export") or {}, run.result("deploy") or {}
+    rows = []
+    for name, search in _searches(run).items():
+        best = search["best"]
+        settings = ", ".join(f"{key} {_figure(value)}" for key, value in best["params"].items())
+        found = f"trial {best['number']} of {search['trials']}: {best['accuracy']:.1%} of the validation images after "
+        rows.append((f"winner {charts.SEARCH_NAMES[name]}", f"{found}{best['epochs']} epochs with {settings}"))
+    if export:
+        model = f"{export['model']} version {export['version']} ({_alias(export)})"
+        rows.append(("model", f"{model}, digest {export['bundle_digest'][:12]}"))
+    if deploy:
+        served = f"{deploy['served_accuracy']:.1%} of {deploy['images']:,} held-out images right"
+        rows += [
+            ("endpoint", deploy["endpoint"]),
+            ("served", f"{served}, median latency {deploy['latency_ms_median']:.1f} ms"),
+        ]
+    return _grid(rows)
+
+
+def _first_answers(run: Run) -> Table | None:
+    deploy = run.result("deploy")
+    if deploy is None:
+        return None
+    # A terminal that is not UTF-8 has neither ticks nor arrows.
+    plain = run.progress.console.options.ascii_only
+    right, wrong, arrow = ("right", "wrong", "->") if plain else ("✓", "✗", "→")
+    table = Table("held-out image", "", "answer", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("probability", justify="right")
+    table.add_column("")
+    for row in deploy["predictions"][:ANSWERS_SHOWN]:
+        names = [_plain(charts.shortened(row[column])) for column in ("label", "predicted")]
+        mark = right if row["label"] == row["predicted"] else wrong
+        table.add_row(names[0], arrow, names[1], f"{row['probability']:.1%}", mark)
+    return table
+
+
+def _places(run: Run) -> Table | None:
+    ingest, export = run.result("ingest") or {}, run.result("export") or {}
+    rows = [("run directory", _near(run.directory)), ("report", _near(run.directory / "report.html"))]
+    if export:
+        rows.append(("bundle", _near(Path(export["bundle"]))))
+    if ingest.get("rejected"):
+        rows.append((f"{ingest['rejected']:,} rejected files", _near(Path(ingest["dataset"], "rejected.parquet"))))
+    rows.append(("log", _near(run.directory / "run.log")))
+    if (run.directory / "tensorboard").exists():
+        rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(_near(run.directory / 'tensorboard'))}"))
+    uri = tracking_uri(run.storage)
+    if (run.directory / "mlflow_run").exists() and uri.startswith("sqlite:"):
+        # A tracking server has a page of its own, and its address may hold a password.
+        uri = uri.replace(str(run.storage), _near(run.storage))
+        rows.append(("MLflow", f"mlflow ui --backend-store-uri {shlex.quote(uri)}"))
+    seconds = run.seconds()
+    if seconds:
+        stages = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.items())
+        rows.append(("seconds", f"{stages}; together {sum(seconds.values()):,.0f}"))
+    return _grid(rows)
+
+
+def _grid(rows: Iterable[tuple[str, str]]) -> Table | None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, _plain(value))
+    table.add_row("", "")
+    return table if table.row_count > 1 else None
+
+
+def _plain(value: str) -> Text:
+    """Text from data as it is: no markup, nothing that steers a terminal."""
+    return Text("".join(letter if letter.isprintable() else "?" for letter in value))
+
+
+def _near(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def _searches(run: Run) -> dict[str, dict[str, Any]]:
+    found = {name: run.result(name) for name in charts.SEARCH_NAMES}
+    return {name: search for name, search in found.items() if search is not None}
+
+
+def _figures(drawn: Iterable[charts.Chart], kind: str = "grid") -> str:
+    bodies = (f"<figure><figcaption>{escape(c.caption)}</figcaption><div>{c.svg}</div></figure>" for c in drawn)
+    return f'<div class="{kind}">{"".join(bodies)}</div>'
+
+
+def _table(
+    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = frozenset()
+) -> str:
+    lines = []
+    for number, row in enumerate(rows):
+        cells = (f"<td{' class=n' if cell[:1] in '+-0123456789' else ''}>{escape(cell)}</td>" for cell in row)
+        lines.append(f"<tr{' class=mark' if number in marked else ''}>{''.join(cells)}</tr>")
+    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table><caption class="soft">{escape(caption)}</caption>{body}</table></div>'
+
+
+def _anchor(title: str) -> str:
+    return title.lower().replace(" ", "-")
+
+
+def _alias(export: Mapping[str, Any]) -> str:
+    return "champion" if export["promoted"] else "candidate"
+
+
+def _points(value: float, other: float) -> str:
+    return f"{100 * (value - other):+.1f} points"
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,50 @@
+"""Pre-training: the workers train one model together, whatever their number."""
+
+import numpy as np
+import pytest
+
+from cluster.errors import HelioError
+from jobs.training.checkpoint import Arrays, Checkpoint
+from tests.conftest import MakeRun, carry_out
+
+TEN_SGD_STEPS = (
+    "model.norm=none",
+    "model.width=8",
+    "pretrain.optimizer=sgd",
+    "pretrain.momentum=0",
+    "pretrain.weight_decay=0",
+    "pretrain.schedule=constant",
+    "pretrain.warmup_steps=0",
+    "pretrain.learning_rate=0.02",
+    "pretrain.global_batch_size=64",
+    "pretrain.max_steps=10",
+    "pretrain.knn_train_images=100",
+    "pretrain.knn_test_images=100",
+)
+
+
+def _weights(make_run: MakeRun, method: str, workers: int) -> Arrays:
+    run = make_run(*TEN_SGD_STEPS, f"pretrain.method={method}", profile=(f"profile.train.workers={workers}",))
+    carry_out(run, "ingest", "pretrain")
+    result = run.require("pretrain")
+    assert (result["steps"], result["workers"]) == (10, workers)
+    checkpoint = Checkpoint.open(result["checkpoint"])
+    return checkpoint.read("backbone") + checkpoint.read("head")
+
+
+@pytest.mark.parametrize("method", ["supervised", "simclr"])
+def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: MakeRun, method: str) -> None:
+    # Ten steps move these weights by about 5e-4: workers that kept their negatives or gradients to themselves would
+    # differ by as much. Each checkpoint is written only after the hashes of both workers' weights were found equal.
+    one, two = _weights(make_run, method, 1), _weights(make_run, method, 2)
+    difference = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
+    print(f"{method}: largest difference between 1 and 2 workers after 10 steps {difference:.1e}")
+    assert difference < 1e-5
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_mend(make_run: MakeRun) -> None:
+    overrides = (*TEN_SGD_STEPS, "pretrain.method=supervised", "pretrain.learning_rate=1e30")
+    run = make_run(*overrides, profile=("profile.train.workers=1",))
+    carry_out(run, "ingest")
+    with pytest.raises(HelioError, match=r"no longer a number at step .*: lower pretrain\.learning_rate"):
+        carry_out(run, "pretrain")
