@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG and data URIs that stand inside the page.
+"""The figures and tables of a report; figures are SVG and data URIs that stand inside the page.
 
 Matplotlib draws them through its object interface, so that no state of it outlives a call. Colours are those of Okabe
 and Ito (2008), which colour-blind readers tell apart; what a colour says, a marker or a line style says, too.
@@ -27,6 +27,7 @@ STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 THUMBNAIL_PIXELS = 160
 STEP_LABEL = "step (optimizer updates)"
 LABEL_LENGTH = 18
+MAX_CONFUSIONS = 10
 
 _STYLE = {
     # Text stays text: it can be searched, and takes the font of the page.
@@ -58,6 +59,16 @@ class Chart:
 
     caption: str
     svg: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table with its caption, all of it plain text; `marked` are the rows that stand out."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: frozenset[int] = frozenset()
 
 
 def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
@@ -126,11 +137,14 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
         axes = _axes(figure, "trial number")
         axes.set_ylabel("best validation accuracy (%)")
         for name, search in searches.items():
-            numbers: list[int] = []
+            numbers: list[float] = []
             running: list[float] = []
+            color = SEARCH_COLORS[name]
+            # A little to the left or right, so that equal results do not hide one another.
+            aside = (-0.1 if name == "tune" else 0.1) if len(searches) > 1 else 0.0
             for trial in sorted(search["history"], key=lambda trial: trial["number"]):
                 best, marker = best_accuracy(trial), _MARKERS[state_name(trial)]
-                number, color = trial["number"], SEARCH_COLORS[name]
+                number = trial["number"] + aside
                 if best is None:
                     # Without any result it has no height: it stands on the axis.
                     axes.plot(number, 0.02, color=color, transform=axes.get_xaxis_transform(), **marker)
@@ -172,8 +186,32 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
     return [chart(name, search) for name, search in searches.items()]
 
 
+def trials_sheet(searches: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    """Every trial with its parameters, the best first, the winner of each search marked."""
+    pairs = [(name, trial) for name, search in searches.items() for trial in search["history"]]
+    pairs.sort(key=lambda pair: -(best_accuracy(pair[1]) or -1.0))
+    names = list(dict.fromkeys(name for _, trial in pairs for name in trial["params"]))
+    rows: list[list[str]] = []
+    winners = set()
+    for name, trial in pairs:
+        if trial["number"] == searches[name]["best"]["number"]:
+            winners.add(len(rows))
+        best, seconds, params = best_accuracy(trial), trial["seconds"], trial["params"]
+        told = ["" if best is None else f"{best:.1%}", str(len(trial["curve"]))]
+        told.append("" if seconds is None else f"{seconds:.1f}")
+        settings = [setting(params[key]) if key in params else "" for key in names]
+        rows.append([SEARCH_NAMES[name], str(trial["number"]), state_name(trial), *told, *settings])
+    head = ["search", "trial", "state", "best accuracy", "epochs", "seconds", *(key.replace("_", " ") for key in names)]
+    return Sheet("All trials, the best first; the winners are marked", head, rows, frozenset(winners))
+
+
+def setting(value: object) -> str:
+    """A value of a searched parameter in few digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
-    """Rows are true classes, coloured by the share of the row; the counts stand in the cells, 0 is left blank."""
+    """Rows are true classes, coloured by the share of the row; the counts stand in the cells, blank is 0."""
     counts = np.array(confusion)
     totals = counts.sum(axis=1, keepdims=True)
     shares = 100 * counts / np.maximum(totals, 1)
@@ -182,7 +220,7 @@ def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) 
     side = cell * len(classes)
     count_size = min(10.0, 72 * cell * 0.9 / (0.62 * len(str(counts.max()))))
     label_size = min(9.0, 72 * cell * 0.75)
-    margin = 0.9 + 0.075 * max(len(label) for label in labels) * label_size / 9
+    margin = 1.1 + 0.075 * max(len(label) for label in labels) * label_size / 9
 
     def paint(figure: Any) -> None:
         from matplotlib.colors import PowerNorm
@@ -190,6 +228,10 @@ def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) 
         axes = figure.subplots()
         axes.grid(False)
         axes.spines[:].set_visible(False)
+        # Lines between the cells lead the eye to the names.
+        for edge in np.arange(0.5, len(labels) - 1):
+            axes.axhline(edge, color="#c9ccd1", linewidth=0.4)
+            axes.axvline(edge, color="#c9ccd1", linewidth=0.4)
         # The square root makes one wrong answer in a hundred visible beside the diagonal.
         norm = PowerNorm(0.5, 0, 100)
         image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
@@ -210,10 +252,26 @@ def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) 
         bar.outline.set_visible(False)
 
     return _draw(
-        f"Confusion matrix of {counts.sum():,} test images: the number in a cell counts images, none is left blank",
+        f"Confusion matrix of {counts.sum():,} test images: the number in a cell counts images, blank is none",
         paint,
         (max(side, 2.4) + margin + 0.9, max(side, 1.8) + margin),
     )
+
+
+def confused_classes(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Sheet:
+    """The pairs of classes that were taken for one another most often."""
+    wrong = [
+        (count, true, predicted)
+        for true, row in enumerate(confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    ]
+    wrong.sort(key=lambda entry: -entry[0])
+    rows = [
+        [classes[true], classes[predicted], f"{count:,}", f"{count / sum(confusion[true]):.1%}"]
+        for count, true, predicted in wrong[:MAX_CONFUSIONS]
+    ]
+    return Sheet("The most frequent mistakes", ["true class", "predicted class", "images", "of the true class"], rows)
 
 
 def thumbnail(data: bytes) -> str:
@@ -257,7 +315,7 @@ def _legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
     figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.6, columnspacing=1.2)
 
 
-def _draw(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.7, 3.1)) -> Chart:
+def _draw(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.2, 2.9)) -> Chart:
     """Let `paint` fill a figure and return it as an SVG element without anything that points out of the page."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -12,9 +12,7 @@ from cluster.session import ray_session
 from jobs.report import results_page, write_report
 
 
-def run_stages(
-    run: Run, stages: Sequence[catalog.Stage], output: Output, keep_serving: bool = False
-) -> dict[str, Any]:
+def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_serving: bool = False) -> dict[str, Any]:
     """Carry out `stages` of a run and return the results of the whole run.
 
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.

@@ -5,7 +5,7 @@ Sections whose stage has not finished are left out. Whatever comes from data is 
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from jobs import charts
 from jobs.registry import tracking_uri
 
 MAX_EXAMPLES = 60
-MAX_CONFUSIONS = 10
 ANSWERS_SHOWN = 8
 
 _CSS = """
@@ -37,22 +36,28 @@ body { margin: 0 auto; max-width: 1120px; padding: 16px; background: var(--page)
 h1 { font-size: 1.6rem; margin: .2em 0 } h2 { font-size: 1.2rem; margin: 1.8em 0 .6em } p { margin: .3em 0 .8em }
 .soft, figcaption, dt, .tile small, .tile span { color: var(--soft) } a { color: var(--blue) }
 nav { display: flex; flex-wrap: wrap; gap: 4px 16px }
-.grid { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
-.tiles { grid-template-columns: repeat(auto-fill, minmax(min(100%, 200px), 1fr)) }
+.grid { display: grid; gap: 12px; margin-bottom: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+.tiles { grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
+@media (max-width: 600px) { .tiles { grid-template-columns: 1fr 1fr } }
 .tile, figure, details, .scroll, dl { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
 .tile { padding: 10px 14px } .tile span, .tile small { display: block; font-size: .82rem }
 .tile b { font-size: 1.3rem; line-height: 1.4 }
 figure { margin: 0 0 12px; padding: 10px; background: var(--chart) } .grid figure { margin: 0 }
 figcaption { color: #4a4f57; font-size: .85rem; margin-bottom: 6px }
-figure > div { overflow-x: auto } svg { display: block; margin: 0 auto; max-width: 640px; width: 100%; height: auto }
-.whole svg { width: auto; max-width: none } svg * { stroke-linejoin: round; stroke-linecap: butt }
-.scroll { overflow: auto; max-height: 520px; margin-bottom: 12px } table { border-collapse: collapse; width: 100% }
+figure > div { overflow-x: auto } svg { display: block; margin: 0 auto; max-width: 540px; width: 100%; height: auto }
+.matrix svg { max-width: 680px } .large svg { width: auto; max-width: none }
+svg * { stroke-linejoin: round; stroke-linecap: butt }
+.scroll { overflow: auto; width: fit-content; max-width: 100%; max-height: 520px; margin-bottom: 12px }
+table { border-collapse: collapse }
 th, td { padding: 5px 10px; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { position: sticky; top: 0; background: var(--card); font-size: .82rem } .mark td { background: var(--mark) }
-.n { text-align: right; font-variant-numeric: tabular-nums } .bar { width: 60% } .bar i { display: block; height: 12px;
-  min-width: 2px; background: var(--blue); border-radius: 3px } caption { text-align: left; padding: 8px 10px 2px }
+.n { text-align: right; font-variant-numeric: tabular-nums }
+.times, .times table { width: 100% } .bar { width: 60% }
+.bar i { display: block; height: 12px; min-width: 2px; background: var(--blue); border-radius: 3px }
 .answers { grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)) } .answer { padding: 8px; font-size: .82rem;
-  background: var(--card); border: 1px solid var(--line); border-radius: 8px } .wrong { outline: 3px solid var(--wrong) }
+  background: var(--card); border: 1px solid var(--line); border-radius: 8px }
+.wrong { outline: 3px solid var(--wrong) }
 .answer img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8885; border-radius: 4px }
 .small { image-rendering: pixelated } .answer b { color: var(--wrong) }
 dl { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 4px 16px; padding: 12px; margin: 0 }
@@ -145,32 +150,11 @@ def _search(run: Run) -> str:
             f"{charts.SEARCH_NAMES[name].capitalize()}: {ends}; the winner is trial {best['number']} with "
             f"{best['accuracy']:.1%} after {best['epochs']} epochs."
         )
-    pairs = [(name, trial) for name, search in searches.items() for trial in search["history"]]
-    pairs.sort(key=lambda pair: -(charts.best_accuracy(pair[1]) or -1.0))
-    names = list(dict.fromkeys(name for _, trial in pairs for name in trial["params"]))
-    rows: list[list[str]] = []
-    winners = set()
-    for name, trial in pairs:
-        if trial["number"] == searches[name]["best"]["number"]:
-            winners.add(len(rows))
-        best = charts.best_accuracy(trial)
-        seconds = trial["seconds"]
-        rows.append(
-            [
-                charts.SEARCH_NAMES[name],
-                str(trial["number"]),
-                charts.state_name(trial),
-                "" if best is None else f"{best:.1%}",
-                str(len(trial["curve"])),
-                "" if seconds is None else f"{seconds:.1f}",
-                *(_figure(trial["params"][name]) if name in trial["params"] else "" for name in names),
-            ]
-        )
-    head = ["search", "trial", "state", "best accuracy", "epochs", "seconds", *(n.replace("_", " ") for n in names)]
     return (
         "".join(f"<p>{escape(line)}</p>" for line in lines)
-        + _figures([charts.search_chart(searches), *charts.learning_curves(searches)])
-        + _table("All trials, the best first; the winners are marked", head, rows, winners)
+        + _figures([charts.search_chart(searches)])
+        + _figures(charts.learning_curves(searches))
+        + _table(charts.trials_sheet(searches))
     )
 
 
@@ -178,21 +162,9 @@ def _test(run: Run) -> str:
     export = run.result("export")
     if export is None:
         return ""
-    classes, confusion = export["classes"], export["confusion"]
-    figure = _figures([charts.confusion_chart(confusion, classes)], "whole")
-    wrong = [
-        (count, true, predicted)
-        for true, row in enumerate(confusion)
-        for predicted, count in enumerate(row)
-        if count and true != predicted
-    ]
-    wrong.sort(key=lambda entry: -entry[0])
-    rows = [
-        [classes[true], classes[predicted], f"{count:,}", f"{count / sum(confusion[true]):.1%}"]
-        for count, true, predicted in wrong[:MAX_CONFUSIONS]
-    ]
-    head = ["true class", "predicted class", "images", "share of the true class"]
-    return figure + (_table("Taken for one another most often", head, rows) if rows else "")
+    results = (export["confusion"], export["classes"])
+    kind = "matrix" if len(export["classes"]) <= 12 else "large"
+    return _figures([charts.confusion_chart(*results)], kind) + _table(charts.confused_classes(*results))
 
 
 def _answers(run: Run) -> str:
@@ -233,7 +205,7 @@ def _time(run: Run) -> str:
         for name, value in seconds.items()
     )
     total = f'<tr><td>All stages</td><td class="n">{_duration(sum(seconds.values()))}</td><td></td></tr>'
-    return f'<div class="scroll"><table>{rows}{total}</table></div>'
+    return f'<div class="scroll times"><table>{rows}{total}</table></div>'
 
 
 def _lineage(run: Run) -> str:
@@ -293,9 +265,12 @@ def _winner_and_endpoint(run: Run) -> Table | None:
     rows = []
     for name, search in _searches(run).items():
         best = search["best"]
-        settings = ", ".join(f"{key} {_figure(value)}" for key, value in best["params"].items())
-        found = f"trial {best['number']} of {search['trials']}: {best['accuracy']:.1%} of the validation images after "
-        rows.append((f"winner {charts.SEARCH_NAMES[name]}", f"{found}{best['epochs']} epochs with {settings}"))
+        settings = ", ".join(f"{key} {charts.setting(value)}" for key, value in best["params"].items())
+        found = (
+            f"trial {best['number']}, the best of {search['trials']}: {best['accuracy']:.1%} of the validation images"
+        )
+        text = f"{found} after {best['epochs']} epochs with {settings}"
+        rows.append((f"winner, {charts.SEARCH_NAMES[name]}", text))
     if export:
         model = f"{export['model']} version {export['version']} ({_alias(export)})"
         rows.append(("model", f"{model}, digest {export['bundle_digest'][:12]}"))
@@ -315,7 +290,7 @@ def _first_answers(run: Run) -> Table | None:
     # A terminal that is not UTF-8 has neither ticks nor arrows.
     plain = run.progress.console.options.ascii_only
     right, wrong, arrow = ("right", "wrong", "->") if plain else ("✓", "✗", "→")
-    table = Table("held-out image", "", "answer", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("true label", "", "answer", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("probability", justify="right")
     table.add_column("")
     for row in deploy["predictions"][:ANSWERS_SHOWN]:
@@ -378,16 +353,23 @@ def _figures(drawn: Iterable[charts.Chart], kind: str = "grid") -> str:
     return f'<div class="{kind}">{"".join(bodies)}</div>'
 
 
-def _table(
-    caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = frozenset()
-) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        cells = (f"<td{' class=n' if cell[:1] in '+-0123456789' else ''}>{escape(cell)}</td>" for cell in row)
-        lines.append(f"<tr{' class=mark' if number in marked else ''}>{''.join(cells)}</tr>")
-    heads = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table><caption class="soft">{escape(caption)}</caption>{body}</table></div>'
+def _table(sheet: charts.Sheet) -> str:
+    if not sheet.rows:
+        return ""
+    numeric = [all(cell[:1] in "+-0123456789" for cell in column) for column in zip(*sheet.rows, strict=True)]
+    lines = [
+        f"<tr{' class=mark' if number in sheet.marked else ''}>{_cells(row, numeric, 'td')}</tr>"
+        for number, row in enumerate(sheet.rows)
+    ]
+    return (
+        f'<p class="soft">{escape(sheet.caption)}</p><div class="scroll"><table>'
+        f"<thead><tr>{_cells(sheet.head, numeric, 'th')}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cells(texts: Iterable[str], numeric: Iterable[bool], tag: str) -> str:
+    pairs = zip(texts, numeric, strict=True)
+    return "".join(f"<{tag}{' class=n' if number else ''}>{escape(text)}</{tag}>" for text, number in pairs)
 
 
 def _anchor(title: str) -> str:
@@ -400,10 +382,6 @@ def _alias(export: Mapping[str, Any]) -> str:
 
 def _points(value: float, other: float) -> str:
     return f"{100 * (value - other):+.1f} points"
-
-
-def _figure(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _duration(seconds: float) -> str:

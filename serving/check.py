@@ -57,12 +57,14 @@ def predict_directly(
 ) -> NDArray[np.float32]:
     """Probabilities [n, classes] of the bundle itself, in a worker that has what a replica has and then goes.
 
-    Call it before the endpoint starts: afterwards the replica may hold the only CPU or GPU that fits.
+    Call it before the endpoint starts: afterwards the replica may hold the only CPU or GPU that fits. Raises
+    CheckpointError when the bundle is not the registered one.
     """
+    bundle = version.open()
 
     def predict(images: Sequence[bytes]) -> NDArray[np.float32]:
         set_up_tensorflow(resources.threads, resources.gpus)
-        loaded = version.open().load()
+        loaded = bundle.load()
         parts = [loaded.predict(images[i : i + per_batch])[0] for i in range(0, len(images), per_batch)]
         return np.concatenate(parts)
 

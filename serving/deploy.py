@@ -44,16 +44,15 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     the registered one.
     """
     # Ray Serve reads its environment when it is imported, and the session has just set it.
-    import ray
     from ray import serve
 
     if profile.address is None:
         check_port(config)
     else:
-        ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(check_port).remote(config))
+        _check_cluster(config)
+    if serve.status().proxies:
+        raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
     version.open()
-    _check_cluster(config, sum(node["Alive"] for node in ray.nodes()), bool(serve.status().proxies))
-
     from serving.app import NAME, build_application
 
     try:
@@ -79,19 +78,32 @@ def preflight(recipe: "Recipe", profile: Profile) -> None:
 
 def check_port(config: ServeConfig) -> None:
     """Raise EndpointError when nothing can listen on the endpoint's port of this machine."""
+    fault = port_fault(config)
+    if fault is not None:
+        raise EndpointError(fault)
+
+
+def port_fault(config: ServeConfig) -> str | None:
+    """Why nothing can listen on the endpoint's port of the machine where this runs, or None."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         socket.create_server((config.host, config.port), family=family).close()
     except OSError as error:
         place = f"serve.port {config.port} on {config.host}"
         if error.errno == EADDRINUSE:
-            raise EndpointError(f"{place} is in use: stop what listens there or set serve.port=…") from None
-        raise EndpointError(f"{place} cannot be opened ({error.strerror}): set serve.host=… or serve.port=…") from None
+            return f"{place} is in use: stop what listens there or set serve.port=…"
+        return f"{place} cannot be opened ({error.strerror}): set serve.host=… or serve.port=…"
+    return None
 
 
-def _check_cluster(config: ServeConfig, nodes: int, serve_runs: bool) -> None:
-    if serve_runs:
-        raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
+def _check_cluster(config: ServeConfig) -> None:
+    """The same on the head node of a cluster, and what only a cluster can have against an endpoint."""
+    import ray
+
+    fault = ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(port_fault).remote(config))
+    if fault is not None:
+        raise EndpointError(fault)
+    nodes = sum(node["Alive"] for node in ray.nodes())
     # Replicas listen on the endpoint's host, too: on a loopback address other nodes' could not be reached.
     if nodes > 1 and config.host in ("127.0.0.1", "localhost", "::1"):
         raise EndpointError(

@@ -72,7 +72,7 @@ class TrainStream:
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=self.resources.cpus_per_task,
-            compute=ray.data.TaskPoolStrategy(size=self.resources.tasks_per_worker),
+            compute=ray.data.TaskPoolStrategy(size=min(self.resources.tasks_per_worker, len(blocks))),
         )
         shape = (self.views.count, self.views.image_size, self.views.image_size, 3)
         batches = iter(pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))

@@ -17,7 +17,6 @@ from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, assign
 from jobs.training.config import FinetuneConfig
 from jobs.training.optimizer import build_optimizer, build_schedule
-from jobs.training.step import make_step
 
 if TYPE_CHECKING:
     import keras
@@ -85,6 +84,8 @@ def finetune(
     """
     import keras
     import tensorflow as tf
+
+    from jobs.training.step import make_step
 
     backbone = build_backbone(start.model, start.image_size, start.seed)
     if start.weights is not None:

@@ -1,38 +1,53 @@
-"""A tiny bundle, its direct answers, and one endpoint that serves it over real HTTP."""
+"""One endpoint, started by the deploy stage of a run whose model is tiny, and asked over real HTTP."""
 
-import os
+import io
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import ray
 from numpy.typing import NDArray
 
-from cluster.profile import Profile, ReplicaResources
-from cluster.session import free_port, session_environment
+from cluster.profile import load_profile
+from cluster.progress import RunProgress
+from cluster.recipe import load_recipe
+from cluster.run import Run, create_run, write_json
+from cluster.session import free_port
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion
-from serving.client import endpoint_url
 from serving.config import ServeConfig
+from tests.conftest import carry_out
 
 IMAGE_SIZE = 16
 CLASSES = ["ant", "bee", "cat", "dog"]
-PROFILE = Profile(name="test", replicas=ReplicaResources(cpus=0.5, threads=1))
+LIMITS = {
+    "max_replicas": 2,
+    "target_ongoing_requests": 2,
+    "upscale_delay_s": 0.5,
+    "max_ongoing_requests": 4,
+    "max_queued_requests": 4,
+    "max_batch_size": 6,
+    # A lone image waits this long for a batch to fill, which makes the model slow enough to be overloaded.
+    "batch_wait_timeout_s": 0.05,
+    "max_request_bytes": 100_000,
+    "top_k": 3,
+    "check_images": 6,
+}
+"""A serve section so tight that a test reaches each limit."""
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A Ray of four logical CPUs on the loopback address."""
-    os.environ.update(session_environment(PROFILE))
-    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-        os.environ[name] = str(free_port())
-    import ray
+@dataclass(frozen=True)
+class Deployed:
+    """What the deploy stage did."""
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20)
-    yield
-    ray.shutdown()
+    run: Run
+    version: ModelVersion
+    config: ServeConfig
+    result: dict[str, Any]
 
 
 class Direct:
@@ -66,56 +81,55 @@ def write_tiny_bundle(directory: Path) -> str:
         ]
     )
     head = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(len(CLASSES))])
-    return write_bundle(directory, backbone, head, IMAGE_SIZE, {"classes": CLASSES}).digest
+    return write_bundle(directory, backbone, head, IMAGE_SIZE, {"name": "tiny", "classes": CLASSES}).digest
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def version(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
-    import ray
-
+    """The tiny bundle as if it were registered."""
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
     digest = ray.get(ray.remote(num_cpus=0, max_calls=1)(write_tiny_bundle).remote(directory))
     return ModelVersion("tiny", "7", directory, digest)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def direct(version: ModelVersion) -> Iterator[Any]:
     """Handle of an actor of `Direct`."""
-    import ray
-
     actor = ray.remote(num_cpus=0)(Direct).remote(version.bundle)
     yield actor
     ray.kill(actor)
 
 
-@pytest.fixture(scope="session")
-def config() -> ServeConfig:
-    """Limits so tight that a test reaches each of them.
+@pytest.fixture(scope="package")
+def deployed(version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """A run whose export left the tiny bundle, and its deploy stage. The endpoint ends with the tests of this room."""
+    directory = tmp_path_factory.mktemp("deployed")
+    for index, name in enumerate(CLASSES):
+        folder = directory / "source" / name
+        folder.mkdir(parents=True)
+        for image in range(10):
+            (folder / f"{image}.png").write_bytes(picture(100 * index + image, 24, 20))
+    overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": free_port()}.items()]
+    recipe = load_recipe("quickstart", [f"data.source={directory / 'source'}", *overrides])
+    profile = load_profile("local", [f"profile.storage={directory}"])
+    run = create_run(recipe, profile, RunProgress(io.StringIO()))
+    carry_out(run, "ingest")
+    exported = {
+        "model": version.model,
+        "version": version.version,
+        "bundle": str(version.bundle),
+        "bundle_digest": version.digest,
+    }
+    write_json(run.directory / "stages" / "export.json", {"result": exported, "seconds": 0.0})
+    with run.cleanup:
+        carry_out(run, "deploy")
+        yield Deployed(run, version, recipe.section(ServeConfig), run.require("deploy"))
 
-    A lone image waits 50 ms for a batch to fill: that makes the model slow enough to be overloaded.
-    """
-    return ServeConfig(
-        port=free_port(),
-        max_replicas=2,
-        target_ongoing_requests=2,
-        upscale_delay_s=0.5,
-        max_ongoing_requests=4,
-        max_queued_requests=4,
-        max_batch_size=6,
-        batch_wait_timeout_s=0.05,
-        max_request_bytes=100_000,
-        top_k=3,
-    )
 
-
-@pytest.fixture(scope="session")
-def url(version: ModelVersion, config: ServeConfig) -> Iterator[str]:
-    """The endpoint."""
-    from serving.deploy import endpoint
-
-    with endpoint(PROFILE, config, version) as address:
-        assert address == endpoint_url(config)
-        yield address
+@pytest.fixture
+def url(deployed: Deployed) -> str:
+    """Where the endpoint is."""
+    return str(deployed.result["endpoint"])
 
 
 def picture(seed: int, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, suffix: str = ".png") -> bytes:

@@ -1,0 +1,184 @@
+"""The command line as a user meets it: quick help, plans, and one clear line for each mistake."""
+
+import json
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from jobs.model.config import ModelConfig
+from jobs.training.checkpoint import State
+
+HELIO = str(Path(sys.executable).with_name("helio"))
+
+
+def helio(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command; what it prints is kept."""
+    return subprocess.run([HELIO, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy(environment: None, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom cluster.cli import build_parser\nbuild_parser().format_help()\n"
+        "heavy = {'ray', 'tensorflow', 'keras', 'optuna', 'mlflow', 'pandas', 'pyarrow', 'numpy', 'pydantic'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert loaded.stdout.strip() == "[]"
+    seconds = []
+    for _ in range(10):
+        started = time.monotonic()
+        shown = helio("--help", cwd=tmp_path)
+        seconds.append(time.monotonic() - started)
+    assert shown.returncode == 0
+    assert "pretrain" in shown.stdout
+    print(f"helio --help: median {statistics.median(seconds):.3f} s of {min(seconds):.3f} to {max(seconds):.3f} s")
+    assert statistics.median(seconds) < 0.5
+
+
+def test_the_driver_never_loads_tensorflow(environment: None, tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom cluster import catalog\n"
+        "[catalog.load(target) for s in catalog.STAGES for target in (s.target, s.preflight) if target]\n"
+        "print(sorted({'tensorflow', 'keras', 'mlflow', 'optuna'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(environment: None, tmp_path: Path) -> None:
+    shown = helio("run", "quickstart", "tune.trials=3", "--dry-run", "pretrain.learning_rate=1e-3", cwd=tmp_path)
+    plan = yaml.safe_load(shown.stdout)
+    assert [stage["stage"] for stage in plan["stages"]] == [
+        "ingest",
+        "pretrain",
+        "tune",
+        "baseline",
+        "export",
+        "deploy",
+    ]
+    assert plan["stages"][1]["cpus"] == 1.25
+    assert plan["recipe"]["tune"]["trials"] == 3
+    assert plan["recipe"]["pretrain"]["learning_rate"] == 0.001
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shipped_recipes_are_listed_and_shown_with_every_default(environment: None, tmp_path: Path) -> None:
+    names = json.loads(helio("recipes", "--json", cwd=tmp_path).stdout)
+    assert set(names) == {"quickstart", "cifar10", "photos"}
+    shown = yaml.safe_load(helio("recipes", "photos", cwd=tmp_path).stdout)
+    assert shown["data"]["image_size"] == 160
+    assert shown["serve"]["port"] == 8000
+    # What is shown is a recipe: it can be saved and run.
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(shown))
+    assert helio("run", "mine.yaml", "--dry-run", cwd=tmp_path).returncode == 0
+
+
+def _one_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def _images(folder: Path, counts: dict[str, int]) -> Path:
+    generator = np.random.default_rng(0)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            cv2.imwrite(str(folder / name / f"{number}.png"), generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    return folder
+
+
+RECIPE = "name: mine\ndata:\n  source: sample:digits\npretrain:\n  epochs: 2\n"
+
+MISTAKES = {
+    "a missing source": (["data.source=/no/such/folder"], "must be a folder of class folders, there is none at"),
+    "an empty source": (["data.source=empty"], "has no class folders: it needs <class>/<image files>"),
+    "class folders without files": (["data.source=hollow"], "has class folders but no files"),
+    "a value out of range": (
+        ["pretrain.epochs=0"],
+        "override pretrain.epochs: pretrain.epochs: input should be greater than or equal to 1, got 0",
+    ),
+    "a value of another type": (["pretrain.epochs=many"], "should be a valid integer, got 'many'"),
+    "an override of a key that does not exist": (
+        ["tune.trails=3"],
+        "unknown key tune.trails: did you mean trials?",
+    ),
+    "an override of a section that does not exist": (["tuning.trials=3"], "no section 'tuning': did you mean tune?"),
+    "an override that is none": (["pretrain.epochs"], "must read section.key=value"),
+    "a setting to search that is none": (
+        ["tune.space.learning_rat={low: 1, high: 2}"],
+        "space.learning_rat is no setting of finetune: did you mean learning_rate?",
+    ),
+    "a batch that the workers cannot share": (
+        ["pretrain.global_batch_size=63"],
+        "must be a multiple of the 2 workers of profile local, got 63: use 62",
+    ),
+    "more CPUs than there are": (
+        ["profile.train.workers=640", "pretrain.global_batch_size=640"],
+        "asks for 320.25 CPUs in pretrain, this machine has",
+    ),
+    "a run that is not there": (["--resume", "yesterday"], "no run 'yesterday'"),
+    "a sample that is not there": (["data.source=sample:letters"], "there is no sample 'letters'"),
+    "a checkpoint that is none": (["tune.checkpoint=empty"], "is no checkpoint: it has no state.json"),
+    "a checkpoint of another architecture": (
+        ["tune.checkpoint=checkpoint"],
+        "is of another architecture: it has width 48, not 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing_behind(environment: None, tmp_path: Path, mistake: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow" / "ant").mkdir(parents=True)
+    (tmp_path / "checkpoint").mkdir()
+    state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "")
+    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps(vars(state)))
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    arguments, expected = MISTAKES[mistake]
+    line = _one_line(helio("run", "mine.yaml", *arguments, cwd=tmp_path))
+    assert expected in line
+    assert not (tmp_path / "helio-workspace" / "runs").exists()
+
+
+def test_an_unknown_recipe_key_is_named_with_its_line(environment: None, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(RECIPE + "  learning_rat: 0.1\n")
+    line = _one_line(helio("run", "mine.yaml", cwd=tmp_path))
+    assert line == "helio: mine.yaml:6: unknown key pretrain.learning_rat: did you mean learning_rate?"
+    (tmp_path / "mine.yaml").write_text(RECIPE + "modle: {}\n")
+    assert "mine.yaml:6: unknown section modle: did you mean model?" in _one_line(
+        helio("run", "mine.yaml", cwd=tmp_path)
+    )
+    (tmp_path / "twice.yaml").write_text(RECIPE + "name: again\n")
+    assert "twice.yaml:6: name is given twice, first in line 1" in _one_line(helio("run", "twice.yaml", cwd=tmp_path))
+
+
+def test_a_port_in_use_is_found_before_anything_starts(environment: None, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = _one_line(helio("run", "quickstart", f"serve.port={port}", cwd=tmp_path))
+    assert f"serve.port {port} on 127.0.0.1 is in use" in line
+    assert not (tmp_path / "helio-workspace" / "runs").exists()
+
+
+def test_a_class_with_a_single_image_is_refused_through_the_command(environment: None, tmp_path: Path) -> None:
+    source = _images(tmp_path / "photos", {"ant": 5, "bee": 1})
+    result = helio("ingest", "quickstart", f"data.source={source}", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "class bee has 1 image: each class needs 3" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+    # Once mended, the same command goes on.
+    shutil.rmtree(source / "bee")
+    _images(source, {"bee": 4})
+    mended = helio("ingest", "quickstart", f"data.source={source}", "--json", cwd=tmp_path)
+    assert json.loads(mended.stdout)["stages"]["ingest"]["written"] == 9

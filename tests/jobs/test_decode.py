@@ -1,0 +1,54 @@
+"""Decoding: one function for training and serving, and its twin inside the SavedModel."""
+
+import cv2
+import numpy as np
+import pytest
+
+from jobs.data.augment import augment_image, image_generator
+from jobs.data.config import AugmentConfig
+from jobs.data.decode import DecodeError, decode_image, decode_to_size
+
+
+def _encode(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], suffix: str) -> bytes:
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+GRADIENT = np.dstack([np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1))] * 3)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tiff"])
+def test_formats_decode_to_rgb(suffix: str) -> None:
+    blue = GRADIENT.copy()
+    blue[:, :, 1:] = 0  # OpenCV writes blue first.
+    pixels = decode_image(_encode(blue, suffix))
+    assert pixels.shape == (40, 60, 3)
+    assert pixels[:, 30:, 2].mean() > 150
+    assert pixels[:, 30:, 0].mean() < 60
+
+
+def test_grey_and_transparent_images_become_rgb() -> None:
+    assert decode_image(_encode(GRADIENT[:, :, 0], ".jpg")).shape == (40, 60, 3)
+    assert decode_image(_encode(np.dstack([GRADIENT, GRADIENT[:, :, 0]]), ".png")).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", _encode(GRADIENT, ".jpg")[:200], _encode(GRADIENT, ".png")[:100]])
+def test_what_is_no_whole_image_is_refused(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("size", [16, 40, 96])
+def test_the_centre_is_seen_at_the_model_size(size: int) -> None:
+    pixels = decode_to_size(_encode(GRADIENT, ".png"), size)
+    assert pixels.shape == (size, size, 3)
+    assert abs(float(pixels.mean()) - float(GRADIENT[:, 10:50].mean())) < 1
+
+
+def test_no_strength_leaves_what_evaluation_sees_and_each_view_differs() -> None:
+    square = np.ascontiguousarray(GRADIENT[:, 10:50])
+    nothing = AugmentConfig(strength=0.0)
+    assert (augment_image(GRADIENT, 40, nothing, image_generator(0, 0, "a", 0)) == square).all()
+    draws = [(0, 0, "a", 0), (1, 0, "a", 0), (0, 1, "a", 0), (0, 0, "b", 0), (0, 0, "a", 1)]
+    views = [augment_image(GRADIENT, 32, AugmentConfig(), image_generator(*draw)).tobytes() for draw in draws]
+    assert len(set(views)) == len(draws)
+    assert augment_image(GRADIENT, 32, AugmentConfig(), image_generator(*draws[0])).tobytes() == views[0]
