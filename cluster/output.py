@@ -27,7 +27,10 @@ class Output:
         user = [os.dup(1), os.dup(2)]
         log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         before = (self.results, self.messages)
-        with os.fdopen(user[0], "w", buffering=1) as results, os.fdopen(user[1], "w", buffering=1) as messages:
+        # A class name that the terminal cannot show must not end a run.
+        results = os.fdopen(user[0], "w", buffering=1, errors="replace")
+        messages = os.fdopen(user[1], "w", buffering=1, errors="replace")
+        with results, messages:
             self.results, self.messages = results, messages
             os.dup2(log, 1)
             os.dup2(log, 2)

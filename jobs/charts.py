@@ -327,7 +327,8 @@ def _draw(caption: str, paint: Callable[[Any], None], inches: tuple[float, float
         figure = Figure(figsize=inches, layout="constrained")
         paint(figure)
         absent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=absent)
+        # tight: the layout of a hundred upright names comes out a little too tall for its figure.
+        figure.savefig(buffer, format="svg", transparent=True, metadata=absent, bbox_inches="tight", pad_inches=0.05)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -9,7 +9,8 @@ from cluster.output import Output
 from cluster.plan import kinds_of
 from cluster.run import Run, write_json
 from cluster.session import ray_session
-from jobs.report import results_page, write_report
+from jobs.report import write_report
+from jobs.results import collect_results, results_page
 
 
 def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_serving: bool = False) -> dict[str, Any]:
@@ -46,25 +47,3 @@ def _wait_for_interrupt() -> None:
         signal.pause()
     except KeyboardInterrupt:
         return
-
-
-def collect_results(run: Run) -> dict[str, Any]:
-    """The figures of a run as `results.json` holds them; what no stage has found yet is None."""
-    pretrain, export, deploy = (run.result(stage) or {} for stage in ("pretrain", "export", "deploy"))
-    return {
-        "run": run.name,
-        "run_dir": str(run.directory),
-        "accuracy_pretrained": export.get("accuracy_pretrained"),
-        "accuracy_scratch": export.get("accuracy_scratch"),
-        "knn_pretrained": pretrain.get("knn_pretrained"),
-        "knn_random": pretrain.get("knn_random"),
-        "served_accuracy": deploy.get("served_accuracy"),
-        "endpoint": deploy.get("endpoint"),
-        "bundle": export.get("bundle"),
-        "bundle_digest": export.get("bundle_digest"),
-        "model": export.get("model"),
-        "model_version": export.get("version"),
-        "promoted": export.get("promoted"),
-        "seconds": run.seconds(),
-        "stages": {stage.name: run.result(stage.name) for stage in catalog.STAGES},
-    }

@@ -15,7 +15,7 @@ from cluster.errors import HelioError
 from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
-from cluster.run import Run
+from cluster.run import Run, write_atomic
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.data.order import training_order
@@ -156,7 +156,11 @@ class _History:
         self._records: dict[tuple[str, int], Event] = {}
         self.diverged_at: int | None = None
         if self._path.exists():
-            for line in self._path.read_text().splitlines():
+            *lines, cut_off = self._path.read_text().split("\n")
+            if cut_off:
+                # The driver was killed in the middle of a line.
+                write_atomic(self._path, lambda file: file.write_text("".join(f"{line}\n" for line in lines)))
+            for line in lines:
                 self._remember(json.loads(line))
 
     @property

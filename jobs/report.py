@@ -1,10 +1,9 @@
-"""What a run has found, for a reader: report.html in the run's directory, and the page at the end of `helio run`.
+"""What a run has found, for a reader: report.html in the run's directory.
 
 Sections whose stage has not finished are left out. Whatever comes from data is escaped here, or by `jobs.charts`.
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
@@ -12,18 +11,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from cluster import catalog
 from cluster.run import Run, write_atomic
 from jobs import charts
-from jobs.registry import tracking_uri
+from jobs.results import alias, points, searches
 
 MAX_EXAMPLES = 60
-ANSWERS_SHOWN = 8
 
 _CSS = """
 :root { color-scheme: light dark; --text: #1b1d21; --soft: #5b616b; --page: #f5f6f7; --card: #fff; --line: #dcdfe3;
@@ -39,10 +33,9 @@ nav { display: flex; flex-wrap: wrap; gap: 4px 16px }
 .grid { display: grid; gap: 12px; margin-bottom: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
-@media (max-width: 600px) { .tiles { grid-template-columns: 1fr 1fr } }
 .tile, figure, details, .scroll, dl { background: var(--card); border: 1px solid var(--line); border-radius: 8px }
 .tile { padding: 10px 14px } .tile span, .tile small { display: block; font-size: .82rem }
-.tile b { font-size: 1.3rem; line-height: 1.4 }
+.tile b { font-size: 1.2rem; line-height: 1.4 }
 figure { margin: 0 0 12px; padding: 10px; background: var(--chart) } .grid figure { margin: 0 }
 figcaption { color: #4a4f57; font-size: .85rem; margin-bottom: 6px }
 figure > div { overflow-x: auto } svg { display: block; margin: 0 auto; max-width: 540px; width: 100%; height: auto }
@@ -62,6 +55,8 @@ th { position: sticky; top: 0; background: var(--card); font-size: .82rem } .mar
 .small { image-rendering: pixelated } .answer b { color: var(--wrong) }
 dl { display: grid; grid-template-columns: minmax(100px, max-content) 1fr; gap: 4px 16px; padding: 12px; margin: 0 }
 dd { margin: 0 } details { padding: 10px 14px; margin-top: 28px } pre { overflow-x: auto; font-size: .82rem }
+@media (max-width: 600px) { .tiles { grid-template-columns: 1fr 1fr } .answers { grid-template-columns: 1fr 1fr 1fr }
+  .bar { width: 25% } .times td:first-child { white-space: normal } dl { display: block } }
 """
 
 
@@ -102,7 +97,7 @@ def _headlines(run: Run) -> str:
         images = export["test_images"]
         tiles += [("Test accuracy, pre-trained start", f"{export['accuracy_pretrained']:.1%}", f"{images:,} images")]
         if export["accuracy_scratch"] is not None:
-            difference = _points(export["accuracy_pretrained"], export["accuracy_scratch"])
+            difference = points(export["accuracy_pretrained"], export["accuracy_scratch"])
             one = f"one test image is {100 / images:.2g} points"
             tiles += [
                 ("Test accuracy, from scratch", f"{export['accuracy_scratch']:.1%}", "same search, same images"),
@@ -110,10 +105,10 @@ def _headlines(run: Run) -> str:
             ]
     if pretrain:
         random = pretrain["knn_random"]
-        note = f"random backbone {random:.1%}, {_points(pretrain['knn_pretrained'], random)}"
-        tiles += [("kNN accuracy, pre-trained backbone", f"{pretrain['knn_pretrained']:.1%}", note)]
+        note = f"random backbone {random:.1%}, {points(pretrain['knn_pretrained'], random)}"
+        tiles += [("kNN accuracy, pre-trained", f"{pretrain['knn_pretrained']:.1%}", note)]
     if export:
-        note = f"{_alias(export)}, digest {export['bundle_digest'][:12]}"
+        note = f"{alias(export)}, digest {export['bundle_digest'][:12]}"
         tiles += [("Model", f"{export['model']} version {export['version']}", note)]
     body = "".join(
         f'<div class="tile"><span>{label}</span><b>{escape(str(value))}</b><small>{escape(note)}</small></div>'
@@ -137,11 +132,11 @@ def _pretraining(run: Run) -> str:
 
 
 def _search(run: Run) -> str:
-    searches = _searches(run)
-    if not searches:
+    found = searches(run)
+    if not found:
         return ""
     lines = []
-    for name, search in searches.items():
+    for name, search in found.items():
         best = search["best"]
         ends = ", ".join(
             f"{count} {charts.STATES.get(state, 'unfinished')}" for state, count in search["states"].items()
@@ -152,9 +147,9 @@ def _search(run: Run) -> str:
         )
     return (
         "".join(f"<p>{escape(line)}</p>" for line in lines)
-        + _figures([charts.search_chart(searches)])
-        + _figures(charts.learning_curves(searches))
-        + _table(charts.trials_sheet(searches))
+        + _figures([charts.search_chart(found)])
+        + _figures(charts.learning_curves(found))
+        + _table(charts.trials_sheet(found))
     )
 
 
@@ -221,7 +216,7 @@ def _lineage(run: Run) -> str:
         ]
     if pretrain:
         entries += [("checkpoint", pretrain["checkpoint"]), ("its weights, SHA-256", pretrain["weights_sha256"])]
-    for name, search in _searches(run).items():
+    for name, search in searches(run).items():
         entries += [
             (f"study, {charts.SEARCH_NAMES[name]}", f"{search['study_name']} in {search['study']}"),
             (f"trial, {charts.SEARCH_NAMES[name]}", f"{search['best']['number']}, start: {search['initial']}"),
@@ -235,117 +230,6 @@ def _lineage(run: Run) -> str:
     versions = json.loads((run.directory / "run.json").read_text())["versions"]
     entries += [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))]
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries) + "</dl>"
-
-
-def results_page(run: Run) -> RenderableType:
-    """The figures of a run for a terminal, and where everything lies; 100 columns suffice."""
-    blocks = [_accuracies(run), _winner_and_endpoint(run), _first_answers(run), _places(run)]
-    return Group("", *(block for block in blocks if block is not None))
-
-
-def _accuracies(run: Run) -> Table | None:
-    pretrain, export = (run.result(stage) or {} for stage in ("pretrain", "export"))
-    rows = []
-    if export:
-        scratch = export["accuracy_scratch"]
-        rows.append((f"test, {export['test_images']:,} images", export["accuracy_pretrained"], scratch, "from scratch"))
-    if pretrain:
-        rows.append(("kNN, validation images", pretrain["knn_pretrained"], pretrain["knn_random"], "random backbone"))
-    table = Table("accuracy", box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("pre-trained", "compared with", "difference"):
-        table.add_column(head, justify="right")
-    for name, value, other, kind in rows:
-        compared = [f"{kind} {other:.1%}", _points(value, other)] if other is not None else ["", ""]
-        table.add_row(name, f"{value:.1%}", *compared)
-    return table if rows else None
-
-
-def _winner_and_endpoint(run: Run) -> Table | None:
-    export, deploy = run.result("export") or {}, run.result("deploy") or {}
-    rows = []
-    for name, search in _searches(run).items():
-        best = search["best"]
-        settings = ", ".join(f"{key} {charts.setting(value)}" for key, value in best["params"].items())
-        found = (
-            f"trial {best['number']}, the best of {search['trials']}: {best['accuracy']:.1%} of the validation images"
-        )
-        text = f"{found} after {best['epochs']} epochs with {settings}"
-        rows.append((f"winner, {charts.SEARCH_NAMES[name]}", text))
-    if export:
-        model = f"{export['model']} version {export['version']} ({_alias(export)})"
-        rows.append(("model", f"{model}, digest {export['bundle_digest'][:12]}"))
-    if deploy:
-        served = f"{deploy['served_accuracy']:.1%} of {deploy['images']:,} held-out images right"
-        rows += [
-            ("endpoint", deploy["endpoint"]),
-            ("served", f"{served}, median latency {deploy['latency_ms_median']:.1f} ms"),
-        ]
-    return _grid(rows)
-
-
-def _first_answers(run: Run) -> Table | None:
-    deploy = run.result("deploy")
-    if deploy is None:
-        return None
-    # A terminal that is not UTF-8 has neither ticks nor arrows.
-    plain = run.progress.console.options.ascii_only
-    right, wrong, arrow = ("right", "wrong", "->") if plain else ("✓", "✗", "→")
-    table = Table("true label", "", "answer", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("probability", justify="right")
-    table.add_column("")
-    for row in deploy["predictions"][:ANSWERS_SHOWN]:
-        names = [_plain(charts.shortened(row[column])) for column in ("label", "predicted")]
-        mark = right if row["label"] == row["predicted"] else wrong
-        table.add_row(names[0], arrow, names[1], f"{row['probability']:.1%}", mark)
-    return table
-
-
-def _places(run: Run) -> Table | None:
-    ingest, export = run.result("ingest") or {}, run.result("export") or {}
-    rows = [("run directory", _near(run.directory)), ("report", _near(run.directory / "report.html"))]
-    if export:
-        rows.append(("bundle", _near(Path(export["bundle"]))))
-    if ingest.get("rejected"):
-        rows.append((f"{ingest['rejected']:,} rejected files", _near(Path(ingest["dataset"], "rejected.parquet"))))
-    rows.append(("log", _near(run.directory / "run.log")))
-    if (run.directory / "tensorboard").exists():
-        rows.append(("TensorBoard", f"tensorboard --logdir {shlex.quote(_near(run.directory / 'tensorboard'))}"))
-    uri = tracking_uri(run.storage)
-    if (run.directory / "mlflow_run").exists() and uri.startswith("sqlite:"):
-        # A tracking server has a page of its own, and its address may hold a password.
-        uri = uri.replace(str(run.storage), _near(run.storage))
-        rows.append(("MLflow", f"mlflow ui --backend-store-uri {shlex.quote(uri)}"))
-    seconds = run.seconds()
-    if seconds:
-        stages = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.items())
-        rows.append(("seconds", f"{stages}; together {sum(seconds.values()):,.0f}"))
-    return _grid(rows)
-
-
-def _grid(rows: Iterable[tuple[str, str]]) -> Table | None:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, _plain(value))
-    table.add_row("", "")
-    return table if table.row_count > 1 else None
-
-
-def _plain(value: str) -> Text:
-    """Text from data as it is: no markup, nothing that steers a terminal."""
-    return Text("".join(letter if letter.isprintable() else "?" for letter in value))
-
-
-def _near(path: Path) -> str:
-    """A path as one would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _searches(run: Run) -> dict[str, dict[str, Any]]:
-    found = {name: run.result(name) for name in charts.SEARCH_NAMES}
-    return {name: search for name, search in found.items() if search is not None}
 
 
 def _figures(drawn: Iterable[charts.Chart], kind: str = "grid") -> str:
@@ -374,14 +258,6 @@ def _cells(texts: Iterable[str], numeric: Iterable[bool], tag: str) -> str:
 
 def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
-
-
-def _alias(export: Mapping[str, Any]) -> str:
-    return "champion" if export["promoted"] else "candidate"
-
-
-def _points(value: float, other: float) -> str:
-    return f"{100 * (value - other):+.1f} points"
 
 
 def _duration(seconds: float) -> str:

@@ -27,12 +27,17 @@ class StudySearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Called once a trial has ended, for whatever reason."""
-        stopped_early = result is not None and result.get("training_iteration", 0) < self._last_iteration
-        if error or not stopped_early:
+        if error or result is None:
             super().on_trial_complete(trial_id, result, error)
             return
-        self._ot_study.tell(self._ot_trials[trial_id], state=optuna.trial.TrialState.PRUNED)
-        self._completed_trials.add(trial_id)
+        # Tune gives a trial's last result to this method alone: the curve would lack it.
+        trial, iteration = self._ot_trials[trial_id], result["training_iteration"]
+        trial.report(result[self.metric], iteration)
+        if iteration < self._last_iteration:
+            self._ot_study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            self._completed_trials.add(trial_id)
+        else:
+            super().on_trial_complete(trial_id, result, error)
 
 
 def distributions(space: dict[str, Dimension], whole: set[str]) -> dict[str, optuna.distributions.BaseDistribution]:

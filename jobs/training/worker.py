@@ -76,7 +76,8 @@ class _Worker:
             self.optimizer.build(self.variables)
         self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
-        self.step = self._restore()
+        self.step = 0
+        self._restore()
         self.probe = _Probe(self)
 
     def run(self) -> None:
@@ -139,18 +140,18 @@ class _Worker:
         ends = {self.order.steps(epoch) for epoch in range(1, self.config.epochs + 1)}
         return {end for end in ends if end < self.total_steps} | {self.total_steps}
 
-    def _restore(self) -> int:
-        """Take up the newest checkpoint of this run, if there is one. Returns the step to go on from."""
+    def _restore(self) -> None:
+        """Take up the newest checkpoint of this run, if there is one."""
         reported = ray.train.get_checkpoint()
         if reported is None:
-            return 0
+            return
         with reported.as_directory() as directory:
             checkpoint = Checkpoint.open(directory)
             assign(self.backbone.weights, checkpoint.read("backbone"), "backbone")
             assign(self.method.head.weights, checkpoint.read("head"), "head")
             assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
-        self._tell(kind="resumed", step=checkpoint.state.step)
-        return checkpoint.state.step
+        self.step = checkpoint.state.step
+        self._tell(kind="resumed")
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
         digest = weights_hash([*self.backbone.weights, *self.method.head.weights])

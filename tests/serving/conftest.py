@@ -50,19 +50,6 @@ class Deployed:
     result: dict[str, Any]
 
 
-class Direct:
-    """The bundle called without an endpoint, in a process of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self._loaded = Bundle.open(directory).load()
-
-    def predict(self, images: Sequence[bytes]) -> NDArray[np.float32]:
-        return self._loaded.predict(images)[0]
-
-    def predict_encoded(self, images: Sequence[bytes]) -> NDArray[np.float32]:
-        return self._loaded.predict_encoded(images)[0]
-
-
 def write_tiny_bundle(directory: Path) -> str:
     """A bundle with random weights, large enough to tell one pixel from another; returns its digest."""
     import keras
@@ -84,20 +71,40 @@ def write_tiny_bundle(directory: Path) -> str:
     return write_bundle(directory, backbone, head, IMAGE_SIZE, {"name": "tiny", "classes": CLASSES}).digest
 
 
-@pytest.fixture(scope="package")
-def version(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ModelVersion:
-    """The tiny bundle as if it were registered."""
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    digest = ray.get(ray.remote(num_cpus=0, max_calls=1)(write_tiny_bundle).remote(directory))
-    return ModelVersion("tiny", "7", directory, digest)
+class Direct:
+    """Writes the tiny bundle and calls it without an endpoint, in a process of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._digest = write_tiny_bundle(directory)
+        self._loaded = Bundle.open(directory).load()
+
+    def digest(self) -> str:
+        return self._digest
+
+    def predict(self, images: Sequence[bytes]) -> NDArray[np.float32]:
+        return self._loaded.predict(images)[0]
+
+    def predict_encoded(self, images: Sequence[bytes]) -> NDArray[np.float32]:
+        return self._loaded.predict_encoded(images)[0]
 
 
 @pytest.fixture(scope="package")
-def direct(version: ModelVersion) -> Iterator[Any]:
+def bundle_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bundles") / "tiny"
+
+
+@pytest.fixture(scope="package")
+def direct(ray_cluster: None, bundle_directory: Path) -> Iterator[Any]:
     """Handle of an actor of `Direct`."""
-    actor = ray.remote(num_cpus=0)(Direct).remote(version.bundle)
+    actor = ray.remote(num_cpus=0)(Direct).remote(bundle_directory)
     yield actor
     ray.kill(actor)
+
+
+@pytest.fixture(scope="package")
+def version(direct: Any, bundle_directory: Path) -> ModelVersion:
+    """The tiny bundle as if it were registered."""
+    return ModelVersion("tiny", "7", bundle_directory, ray.get(direct.digest.remote()))
 
 
 @pytest.fixture(scope="package")
