@@ -1,12 +1,26 @@
 """The Ray that a command runs on: started here for its length, or a cluster that is there already."""
 
 import os
+import signal
 import socket
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
+from typing import TypeVar
 
 from cluster.errors import CapacityError, HelioError
 from cluster.profile import Profile
+
+SERVE_PORTS = (
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+"""Ports that Ray Serve opens beside the endpoint's, by default the same for every Serve on a machine."""
+
+
+T = TypeVar("T")
 
 
 def session_environment(profile: Profile) -> dict[str, str]:
@@ -20,6 +34,8 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "KERAS_BACKEND": "tensorflow",
+        # OpenCV decodes before jobs.data.decode can look at the size: a PNG of one megabyte can unpack to gigabytes.
+        "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # HAProxy learns of a leaving replica within a second; Ray's 30 s would hold up every stop.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
@@ -69,8 +85,9 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    terminate = signal.getsignal(signal.SIGTERM)
     if profile.address is None:
-        for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
+        for name in SERVE_PORTS:
             os.environ[name] = str(free_port())
         ray.init(
             address="local",
@@ -87,12 +104,32 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
             raise HelioError(
                 f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
             ) from None
+    # Ray's own handler aborts the process three seconds after a SIGTERM, in the middle of an orderly end.
+    signal.signal(signal.SIGTERM, terminate)
     try:
         there = ray.cluster_resources()
         check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
         yield
     finally:
         ray.shutdown()
+
+
+def interruptible(work: Callable[[], T]) -> T:
+    """The result of `work`, done in a thread while this one waits, so that Ctrl-C raises KeyboardInterrupt here.
+
+    Ray Train and Ray Tune put their own handlers on the signal where they run in the main thread: Train ends the
+    process with exit code 0, Tune returns as if the search had finished.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # raised in the waiting thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="interruptible", daemon=True).start()
+    return outcome.result()
 
 
 def free_port() -> int:

@@ -1,6 +1,6 @@
 """The pipeline: the stages of a run one after another, each recorded, so that a run can go on where it stopped."""
 
-import signal
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +44,6 @@ def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_s
 
 def _wait_for_interrupt() -> None:
     try:
-        signal.pause()
+        threading.Event().wait()
     except KeyboardInterrupt:
         return

@@ -16,6 +16,7 @@ from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run, write_atomic
+from cluster.session import interruptible
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.data.order import training_order
@@ -106,7 +107,7 @@ def _train(
                 ),
             )
             try:
-                result = trainer.fit()
+                result = interruptible(trainer.fit)
             except TrainingFailedError as error:
                 raise HelioError(
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "

@@ -10,7 +10,6 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 """
 
 import asyncio
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -100,7 +99,7 @@ class Predictor:
         classes = self._bundle.classes
         best = np.argsort(-scores, kind="stable")[: self._config.top_k]
         answer: dict[str, Any] = {
-            "request_id": request.headers.get("x-request-id") or uuid.uuid4().hex,
+            "request_id": request.headers["x-request-id"],
             "predictions": [{"label": classes[i], "probability": float(scores[i])} for i in best],
             "model": self._model,
         }

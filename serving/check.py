@@ -78,7 +78,7 @@ def ask_endpoint(url: str, images: Sequence[bytes], progress: RunProgress) -> tu
     client = Client(url)
     answers: list[Prediction] = []
     latencies_ms: list[float] = []
-    with progress.task("Held-out images", total=len(images), unit="images") as task:
+    with progress.task("held-out images", total=len(images), unit="images") as task:
         for image in images:
             started = time.monotonic()
             answers.append(client.predict(image, probabilities=True))

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util import Retry
 
 from cluster.errors import EndpointError, HelioError
@@ -52,18 +53,28 @@ class Client:
     """Talks to one endpoint over one connection; give each thread its own."""
 
     def __init__(self, url: str, timeout_s: float = 30.0) -> None:
-        self.url = url.rstrip("/")
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._timeout_s = timeout_s
-        self._session = requests.Session()
-        # A proxy of the environment cannot reach this machine's own loopback.
-        self._session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
-        # A refused connection and an overloaded endpoint have not begun the work: only these are tried again.
+        self._session = self._open_session()
+        # A prediction changes nothing, so a connection that was lost on the way may be tried again; once, because the
+        # request may have been what broke it. A refused connection and an overloaded endpoint have not begun the work.
         retry = Retry(
-            total=RETRIES, read=0, other=0, status_forcelist=[503], allowed_methods=None, backoff_factor=BACKOFF_S,
+            total=RETRIES,
+            read=1,
+            other=0,
+            status_forcelist=[503],
+            allowed_methods=None,
+            backoff_factor=BACKOFF_S,
             raise_on_status=False,
-        )  # fmt: skip
+        )
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(max_retries=retry))
+
+    def _open_session(self) -> requests.Session:
+        session = requests.Session()
+        # A proxy that the environment names cannot reach this machine's own loopback.
+        session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
+        return session
 
     def predict(self, image: bytes | Path, probabilities: bool = False) -> Prediction:
         """Classify one image, given as encoded bytes or as a file.
@@ -81,47 +92,60 @@ class Client:
             data=data,
             headers={"Content-Type": "application/octet-stream"},
         )
-        best = answer["predictions"][0]
-        return Prediction(
-            answer["request_id"],
-            best["label"],
-            best["probability"],
-            answer["predictions"],
-            answer["model"],
-            answer.get("probabilities"),
-        )
+        try:
+            best = answer["predictions"][0]
+            return Prediction(
+                answer["request_id"],
+                best["label"],
+                best["probability"],
+                answer["predictions"],
+                answer["model"],
+                answer.get("probabilities"),
+            )
+        except (KeyError, IndexError, TypeError):
+            raise EndpointError(
+                f"{self.url} answers something else than predictions: is it helio's endpoint?"
+            ) from None
 
     def model(self) -> dict[str, Any]:
         """What the endpoint serves: name, version, digest, classes, image_size. Raises EndpointError."""
         return self._call("GET", "/v1/model")
 
     def ready(self) -> bool:
-        """Whether the endpoint answers, asked once."""
-        try:
-            return requests.get(f"{self.url}/readyz", timeout=self._timeout_s).status_code == 200
-        except requests.RequestException:
-            return False
+        """Whether the endpoint answers now, asked once."""
+        with self._open_session() as session:
+            try:
+                return session.get(f"{self.url}/readyz", timeout=self._timeout_s).status_code == 200
+            except requests.RequestException:
+                return False
 
     def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         try:
             response = self._session.request(method, self.url + path, timeout=self._timeout_s, **arguments)
             answer = response.json() if "json" in response.headers.get("content-type", "") else None
-        except requests.Timeout:
-            raise EndpointError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
-        except (requests.RequestException, ValueError):
+        except (requests.RequestException, ValueError) as error:
+            if _timed_out(error):
+                raise EndpointError(f"{self.url} did not answer within {self._timeout_s:g} s") from None
             raise EndpointError(
                 f"no endpoint answers at {self.url}: start one with `helio deploy RECIPE`, or give --endpoint URL"
             ) from None
         if response.status_code == 200 and isinstance(answer, dict):
             return answer
-        error = answer.get("error") if isinstance(answer, dict) else None
-        if error is None:
+        refusal = answer.get("error") if isinstance(answer, dict) else None
+        if not isinstance(refusal, dict):
             raise EndpointError(
-                f"{self.url} answered {response.status_code} and is no endpoint of helio, or has no replica"
+                f"{self.url} answered {response.status_code}: it has no replica, or is not helio's endpoint"
             )
+        message = str(refusal.get("message"))
         if response.status_code in (400, 413, 415):
-            raise ImageError(error["message"])
-        raise EndpointError(f"{self.url} answered {response.status_code}: {error['message']}")
+            raise ImageError(message)
+        raise EndpointError(f"{self.url} answered {response.status_code}: {message}")
+
+
+def _timed_out(error: Exception) -> bool:
+    """Whether the endpoint was silent, also where that is the reason behind tries that came to their end."""
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, requests.Timeout) or isinstance(reason, ReadTimeoutError)
 
 
 def endpoint_url(config: ServeConfig, any_host: str = "127.0.0.1") -> str:

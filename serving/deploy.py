@@ -7,8 +7,8 @@
 """
 
 import json
-import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,7 +159,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress)
     difference = check.largest_difference(answers, expected, dataset.classes, version)
     check.write_predictions(run.directory / "predictions.parquet", held_out, answers)
-    return {
+    found = {
         "endpoint": url,
         "model": version.model,
         "model_version": version.version,
@@ -167,6 +167,11 @@ def run_stage(run: Run) -> dict[str, Any]:
         "max_difference": difference,
         **check.summary(held_out, answers, latencies_ms),
     }
+    run.progress.say(
+        f"  {url} has {found['served_accuracy']:.1%} of {len(answers)} held-out images right, "
+        f"{found['latency_ms_median']:g} ms each, and differs from the bundle by {difference:.1g} at most"
+    )
+    return found
 
 
 def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_json: bool, output: "Output") -> int:
@@ -180,9 +185,9 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
         with ray_session(profile, ["deploy"]), endpoint(profile, config, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
-            print(json.dumps(found) if as_json else line, file=output.results, flush=True)
             try:
-                signal.pause()
+                print(json.dumps(found) if as_json else line, file=output.results, flush=True)
+                threading.Event().wait()
             except KeyboardInterrupt:
                 print("helio: stopping the endpoint", file=output.messages)
     return 0

@@ -69,7 +69,8 @@ class RequestGate:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        # Below /-/ are Serve's own health checks.
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")

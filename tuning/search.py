@@ -16,6 +16,7 @@ from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run
+from cluster.session import interruptible
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.labelled import held_out, labelled_subset
@@ -126,7 +127,7 @@ def _search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, An
                 run_config=tune.RunConfig(name=f"{stage}-trials", storage_path=str(run.directory), verbose=0),
             )
             started = time.monotonic()
-            tuner.fit()
+            interruptible(tuner.fit)
             seconds = time.monotonic() - started
     return _summary(search, base, checkpoint, storage_file, stage, seconds, run)
 

@@ -49,6 +49,8 @@ def _decode_with_opencv(data: bytes) -> Pixels:
     try:
         pixels = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
+        if "CV_IO_MAX_IMAGE_PIXELS" in error.err:
+            raise DecodeError(f"the image has more than the {MAX_PIXELS:,} pixels that are decoded") from None
         raise DecodeError(f"not an image: {error.err}") from None
     if pixels is None:
         raise DecodeError("not an image in a known format, or cut off")

@@ -1,21 +1,40 @@
 """Work over many small items as a Ray Data pipeline, results in the order of the items."""
 
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from cluster.profile import DataResources
+
+LOOP_REST_S = 0.01
+"""Short against a task of some hundred images, long against a step of the loop."""
 
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
 
+class PacedLoop(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between its steps.
+
+    While its output is full, the loop spins without a pause (Ray 2.60): in the process of a training worker it takes a
+    core and the interpreter lock from the training step.
+    """
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called by Ray Data after each step of the loop."""
+        time.sleep(LOOP_REST_S)
+
+
 def quiet_ray_data(context: "ray.data.DataContext") -> None:
-    """No progress bars of Ray Data's own, and results in the order of their inputs."""
+    """No progress bars of Ray Data's own, a scheduling loop that rests, and results in the order of their inputs."""
+    if PacedLoop not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(PacedLoop)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True

@@ -1,6 +1,7 @@
 """The client, alone and against the endpoint."""
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,20 @@ def test_no_endpoint_is_one_line_after_a_few_tries(monkeypatch: pytest.MonkeyPat
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(EndpointError, match=f"^no endpoint answers at {url}: start one with `helio deploy RECIPE`"):
         Client(url).predict(b"bytes")
+
+
+@pytest.mark.parametrize("answer", [(200, {"outputs": []}), (404, {"error": "Not Found"}), (500, ["html"])])
+def test_another_server_on_the_port_is_one_line(answer: tuple[int, object]) -> None:
+    with scripted(answer) as (url, _), pytest.raises(EndpointError, match="helio's endpoint"):
+        Client(url).predict(b"bytes")
+
+
+def test_a_silent_endpoint_is_not_waited_for_for_ever() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(EndpointError, match=r"did not answer within 0\.1 s"),
+    ):
+        Client(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.1).predict(b"bytes")
 
 
 def test_the_address_of_an_endpoint_open_to_the_network_is_this_machine() -> None:
