@@ -66,7 +66,7 @@ class _Worker:
         self.dataset = Dataset.open(assignment.dataset)
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
-        self.strategy = _strategy(assignment.train.gpus_per_worker)
+        self.strategy = _strategy()
         self.schedule = build_schedule(config.schedule, config.learning_rate, self.total_steps, config.warmup_steps)
         with self.strategy.scope():
             self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
@@ -250,10 +250,10 @@ class _Probe:
         return out
 
 
-def _strategy(gpus_per_worker: int) -> tf.distribute.Strategy:
+def _strategy() -> tf.distribute.Strategy:
     implementation = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
-        implementation=implementation.NCCL if gpus_per_worker else implementation.RING
+        implementation=implementation.NCCL if tf.config.list_physical_devices("GPU") else implementation.RING
     )
     return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
 

@@ -28,15 +28,33 @@ def _newest_checkpoint(run: Path) -> int | None:
     return max(int(name.removeprefix("step-")) for name in names) if names and snapshot.exists() else None
 
 
+def _wait_for_checkpoint(driver: subprocess.Popen[bytes], directory: Path) -> tuple[Path, int]:
+    """The run that the command has made, and the step of its first checkpoint, as soon as there is one."""
+    deadline = time.monotonic() + 180
+    runs = directory / "helio-workspace" / "runs"
+    while not (run := next(iter(runs.glob("*")), None)) or not (step := _newest_checkpoint(run)):
+        assert driver.poll() is None, (directory / "messages").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return run, step
+
+
+def test_ctrl_c_ends_in_order_and_says_how_to_go_on(environment: None, tmp_path: Path) -> None:
+    with (tmp_path / "messages").open("w+") as messages:
+        driver = subprocess.Popen([HELIO, *PRETRAIN], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=messages)
+        run = _wait_for_checkpoint(driver, tmp_path)[0]
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(timeout=60) == 130
+        messages.seek(0)
+        said = messages.read()
+    assert f"stopped: `helio run --resume {run.name}` goes on from the last finished stage" in said
+    assert "Traceback" not in said
+
+
 def test_kill_9_of_the_driver_costs_no_more_than_a_checkpoint_interval(environment: None, tmp_path: Path) -> None:
     with (tmp_path / "messages").open("w") as messages:
         driver = subprocess.Popen([HELIO, *PRETRAIN], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=messages)
-        deadline = time.monotonic() + 180
-        runs = tmp_path / "helio-workspace" / "runs"
-        while not (run := next(iter(runs.glob("*")), None)) or not (killed_after := _newest_checkpoint(run)):
-            assert driver.poll() is None, (tmp_path / "messages").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        run, killed_after = _wait_for_checkpoint(driver, tmp_path)
         os.kill(driver.pid, signal.SIGKILL)
         assert driver.wait() == -signal.SIGKILL
     assert not (run / "stages" / "pretrain.json").exists()

@@ -1,9 +1,14 @@
 """Pre-training: the workers train one model together, whatever their number."""
 
+import threading
+
 import numpy as np
 import pytest
+import ray
 
-from cluster.errors import HelioError
+from cluster.errors import CapacityError, HelioError
+from cluster.profile import load_profile
+from cluster.session import check_capacity_here
 from jobs.training.checkpoint import Arrays, Checkpoint
 from tests.conftest import MakeRun, carry_out
 
@@ -40,6 +45,34 @@ def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: Make
     difference = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
     print(f"{method}: largest difference between 1 and 2 workers after 10 steps {difference:.1e}")
     assert difference < 1e-5
+
+
+def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:
+    run = make_run(*TEN_SGD_STEPS, profile=("profile.train.gpus_per_worker=1",))
+    carry_out(run, "ingest")
+    free = [ray.available_resources()["GPU"]]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            free.append(ray.available_resources().get("GPU", 0.0))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        carry_out(run, "pretrain")
+    finally:
+        done.set()
+        watcher.join()
+    assert run.require("pretrain")["steps"] == 10
+    assert (max(free), min(free)) == (2.0, 0.0)
+
+
+def test_more_gpus_than_there_are_are_refused() -> None:
+    settings = ("num_gpus=2", "num_cpus=4", "train.workers=3", "train.gpus_per_worker=1")
+    profile = load_profile("local", [f"profile.{setting}" for setting in settings])
+    with pytest.raises(CapacityError, match=r"asks for 3 GPUs in pretrain, this machine has 2: lower train\.workers"):
+        check_capacity_here(profile, ["pretrain"])
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_mend(make_run: MakeRun) -> None:
