@@ -100,7 +100,7 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     else:
         try:
             ray.init(address=profile.address, runtime_env={"env_vars": environment}, log_to_driver=True)
-        except ConnectionError as error:
+        except (ConnectionError, RuntimeError) as error:
             raise HelioError(
                 f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
             ) from None

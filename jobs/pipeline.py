@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster import catalog
+from cluster.errors import HelioError
 from cluster.output import Output
 from cluster.plan import kinds_of
 from cluster.run import Run, write_json
@@ -36,7 +37,7 @@ def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_s
                 if keep_serving:
                     run.progress.say("the endpoint stays up until Ctrl-C")
                     _wait_for_interrupt()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, HelioError):
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise
     return results

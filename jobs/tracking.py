@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cluster.errors import HelioError
 from cluster.run import Run
 from jobs.registry import tracking_uri
 
@@ -33,7 +34,10 @@ class Tracker:
         if self._board is not None:
             self._board.close()
         if self._failure is not None:
-            raise self._failure
+            raise HelioError(
+                f"MLflow cannot be used at {tracking_uri(self._run.storage)}: "
+                f"{str(self._failure).splitlines()[0]}: mend MLFLOW_TRACKING_URI or unset it"
+            ) from self._failure
 
     def metrics(self, stage: str, values: dict[str, float], step: int) -> None:
         """Log figures of a stage at a step, as `stage/name`."""

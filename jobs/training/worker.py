@@ -205,7 +205,7 @@ class _Probe:
             rows = stratified_rows(labels, count, seed)
             self._labels.append(labels[rows])
             images.append((split, rows))
-        self._batch = 256 // worker.world
+        self._batch = max(1, 256 // worker.world)
         # Every worker takes every world-th image, and all the same number of batches: an exchange needs them all.
         everything = [(split, row) for split, rows in images for row in rows.tolist()]
         padding = -len(everything) % (self._batch * worker.world)
