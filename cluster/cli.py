@@ -3,10 +3,11 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster import catalog
 from cluster.errors import HelioError
@@ -25,9 +26,17 @@ UNTIL = {
 """Commands that carry out the stages of a run up to one of them."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A wrong word gets one line, as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where to read more; exit code 2."""
+        self.exit(2, f"helio: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of helio."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="helio",
         description="From a folder of images to an endpoint that people use, with one recipe.",
         epilog="Each command takes a recipe (a file, or the name of a shipped one) and overrides: section.key=value.",
@@ -94,14 +103,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.command == "recipes":
         return _recipes(arguments)
     if arguments.command == "predict":
-        from cluster.recipe import load_recipe
-
-        recipe = load_recipe(arguments.recipe) if arguments.recipe else None
-        code: int = catalog.load("serving.client:predict_command")(
-            arguments.files, recipe, arguments.endpoint, arguments.json, output
-        )
-        return code
-    # `helio tune --resume RUN finetune.epochs=3` puts the override where the recipe may stand.
+        return _predict(arguments, output)
+    # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
         arguments.recipe = None
@@ -109,6 +112,20 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.command == "deploy":
         return _deploy(arguments, profile, overrides, output)
     return _stages(arguments, profile, overrides, output)
+
+
+def _predict(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.recipe import load_recipe
+
+    overrides = [word for word in arguments.files if re.match(r"serve\.\w+=", word)]
+    files = [word for word in arguments.files if word not in overrides]
+    if not files:
+        raise HelioError("helio predict needs at least one image file")
+    recipe = load_recipe(arguments.recipe or "quickstart", overrides) if arguments.recipe or overrides else None
+    code: int = catalog.load("serving.client:predict_command")(
+        files, recipe, arguments.endpoint, arguments.json, output
+    )
+    return code
 
 
 def _profile(arguments: argparse.Namespace) -> tuple["Profile | None", list[str]]:
@@ -132,7 +149,11 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     until = UNTIL[arguments.command][0]
     progress = RunProgress(output.messages)
     if arguments.resume:
-        run = open_run(arguments.resume, profile, progress, arguments.recipe, overrides)
+        if arguments.recipe or overrides:
+            given = arguments.recipe or overrides[0]
+            raise HelioError(f"a run keeps its recipe: --resume takes none and no overrides of it, got {given}")
+        own = [o for o in arguments.overrides if o.startswith("profile.")]
+        run = open_run(arguments.resume, profile if arguments.profile else None, own, progress)
         recipe, profile = run.recipe, run.profile
     else:
         if not arguments.recipe:
@@ -148,9 +169,7 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if not arguments.resume:
         run = create_run(recipe, profile, progress)
     pipeline = catalog.load("jobs.pipeline:run_stages")
-    results: dict[str, Any] = pipeline(run, stages, output, getattr(arguments, "keep_serving", False))
-    if arguments.json:
-        print(json.dumps(results, indent=2), file=output.results)
+    pipeline(run, stages, output, arguments.json, getattr(arguments, "keep_serving", False))
     return 0
 
 
@@ -159,6 +178,8 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     from cluster.profile import load_profile
     from cluster.recipe import load_recipe
 
+    if not arguments.recipe:
+        raise HelioError("helio deploy needs a recipe (`helio recipes` lists some)")
     recipe, profile = load_recipe(arguments.recipe, overrides), profile or load_profile("local")
     if arguments.dry_run:
         described = plan(recipe, profile, "deploy")

@@ -8,8 +8,15 @@ from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.session import check_capacity_here
 
-NEED_OF_STAGE = {"pretrain": "pretrain", "tune": "tune", "baseline": "tune", "export": "tune", "deploy": "deploy"}
-"""Which of the profile's needs a stage has; ingest runs in the data tasks alone."""
+NEED_OF_STAGE = {
+    "ingest": "ingest",
+    "pretrain": "pretrain",
+    "tune": "tune",
+    "baseline": "tune",
+    "export": "tune",
+    "deploy": "deploy",
+}
+"""Which of the profile's needs a stage has."""
 
 
 def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
@@ -24,8 +31,7 @@ def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
 
 def kinds_of(stages: Iterable[catalog.Stage]) -> list[str]:
     """The kinds of resource need of these stages."""
-    kinds = [NEED_OF_STAGE[stage.name] for stage in stages if stage.name in NEED_OF_STAGE]
-    return list(dict.fromkeys(kinds))
+    return list(dict.fromkeys(NEED_OF_STAGE[stage.name] for stage in stages))
 
 
 def preflight(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
@@ -41,7 +47,7 @@ def plan(recipe: Recipe, profile: Profile, until: str) -> dict[str, Any]:
     needs = profile.needs()
     stages = []
     for stage in stages_until(recipe, until):
-        cpus, gpus = needs.get(NEED_OF_STAGE.get(stage.name, ""), (profile.data.cpus_per_task, 0.0))
+        cpus, gpus = needs[NEED_OF_STAGE[stage.name]]
         stages.append({"stage": stage.name, "title": stage.title, "cpus": cpus, "gpus": gpus})
     return {
         "stages": stages,

@@ -5,12 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.errors import RecipeError
 from cluster.schema import Section, nearest, read_document, validate
 
 SHIPPED = Path(__file__).resolve().parent / "profiles"
+
+
+def whole_above_one(gpus: float) -> float:
+    """Ray shares one GPU, or gives several whole. Raises ValueError."""
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"more than one GPU must be a whole number, got {gpus:g}")
+    return gpus
 
 
 class TrainResources(Section):
@@ -39,6 +46,12 @@ class TrialResources(Section):
     concurrent: int = Field(default=2, ge=1)
     cpus_per_trial: float = Field(default=1.0, gt=0)
     gpus_per_trial: float = Field(default=0.0, ge=0)
+
+    @field_validator("gpus_per_trial")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        return whole_above_one(gpus)
+
     threads_per_trial: int = Field(default=1, ge=1)
 
 
@@ -48,6 +61,11 @@ class ReplicaResources(Section):
     cpus: float = Field(default=0.5, gt=0)
     gpus: float = Field(default=0.0, ge=0)
     threads: int = Field(default=1, ge=1)
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        return whole_above_one(gpus)
 
 
 class Profile(Section):
@@ -84,10 +102,28 @@ class Profile(Section):
         """The storage directory, absolute."""
         return Path(os.path.expanduser(self.storage)).resolve()
 
+    @model_validator(mode="after")
+    def _a_cluster_has_its_own_resources(self) -> "Profile":
+        given = {"num_cpus", "num_gpus", "object_store_gb"} & self.model_fields_set
+        if self.address is not None and given:
+            raise ValueError(f"{min(given)} is of a Ray that is started here: leave it out where address is given")
+        return self
+
+    def units(self) -> dict[str, tuple[float, float]]:
+        """(CPUs, GPUs) of the largest single request of each kind of stage: what one node must have."""
+        train, trials, replica = self.train, self.trials, self.replicas
+        return {
+            "ingest": (self.data.cpus_per_task, 0.0),
+            "pretrain": (max(train.cpus_per_worker, self.data.cpus_per_task), float(train.gpus_per_worker)),
+            "tune": (trials.cpus_per_trial, trials.gpus_per_trial),
+            "deploy": (replica.cpus, replica.gpus),
+        }
+
     def needs(self) -> dict[str, tuple[float, float]]:
         """(CPUs, GPUs) that each kind of stage asks of the cluster at its peak."""
         train, trials, replica = self.train, self.trials, self.replicas
         return {
+            "ingest": (self.data.cpus_per_task, 0.0),
             "pretrain": (
                 train.workers * train.cpus_per_worker + self.data.cpus_per_task,
                 float(train.workers * train.gpus_per_worker),

@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Section)
 class Header(Section):
     """The part of a recipe that belongs to no room."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=80)
     """Names runs, the data set and the registered model."""
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -71,6 +71,8 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError, one line, for anything that does not validate.
     """
     path = Path(reference)
+    if len(reference) > 255:
+        raise RecipeError(f"no file has a name of {len(reference)} characters: name a recipe file or a shipped recipe")
     if reference in shipped_recipes():
         document = read_document(shipped_recipes()[reference], f"{reference}.yaml")
     elif path.is_file():
@@ -81,6 +83,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
             f"{nearest(reference, shipped_recipes())} (`helio recipes` lists them)"
         )
     for override in overrides:
+        _write_out_default(document, override)
         document.override(override, [*catalog.SECTIONS, *Header.model_fields])
     return build_recipe(document)
 
@@ -93,7 +96,24 @@ def build_recipe(document: Document) -> Recipe:
             raise RecipeError(f"{document.where((key,))}: unknown section {key}{nearest(key, valid)}")
     header = {k: v for k, v in document.data.items() if k in Header.model_fields}
     sections = {
-        name: validate(catalog.load(target), document.data.get(name) or {}, document, (name,))
+        name: validate(catalog.load(target), _given(document, name), document, (name,))
         for name, target in catalog.SECTIONS.items()
     }
     return Recipe(validate(Header, header, document), sections)
+
+
+def _given(document: Document, section: str) -> object:
+    given = document.data.get(section)
+    return {} if given is None else given
+
+
+def _write_out_default(document: Document, override: str) -> None:
+    """Let `tune.space.learning_rate=…` change one entry of a default that the recipe leaves out, not replace it."""
+    key = override.partition("=")[0].strip().split(".")
+    if len(key) < 3 or key[0] not in catalog.SECTIONS or not isinstance(_given(document, key[0]), dict):
+        return
+    field = catalog.load(catalog.SECTIONS[key[0]]).model_fields.get(key[1])
+    section = document.data.setdefault(key[0], {}) or {}
+    if field is None or key[1] in section or not isinstance(field.default, dict):
+        return
+    document.data[key[0]] = {**section, key[1]: {k: v.model_dump(exclude_none=True) for k, v in field.default.items()}}

@@ -9,22 +9,24 @@
 """
 
 import datetime
+import fcntl
+import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cluster import catalog
-from cluster.errors import HelioError, RecipeError
+from cluster.errors import HelioError
 from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
-from cluster.recipe import Recipe, build_recipe, load_recipe
+from cluster.recipe import Recipe, build_recipe
 from cluster.schema import Document, validate
 
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
@@ -62,6 +64,16 @@ class Run:
             raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
         return result
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other commands off this run for the length of the block. Raises HelioError when one is at it."""
+        with (self.directory / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HelioError(f"run {self.name} is going on in another process: wait for its end") from None
+            yield
+
     def seconds(self) -> dict[str, float]:
         """Wall time of each finished stage, in the order of the stages."""
         records = {stage.name: self._record(stage.name) for stage in catalog.STAGES}
@@ -83,52 +95,55 @@ class Run:
 def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
     """Make the directory of a new run and record what it was asked to do."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    runs = profile.storage_path / "runs"
-    name, count = f"{recipe.name}-{stamp}", 1
-    while (runs / name).exists():
-        count += 1
-        name = f"{recipe.name}-{stamp}-{count}"
-    directory = runs / name
-    (directory / "stages").mkdir(parents=True)
+    try:
+        directory = _new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
+        (directory / "stages").mkdir()
+    except OSError as error:
+        raise HelioError(f"storage {profile.storage!r} cannot be written: {error.strerror}: {error.filename}") from None
     write_json(
         directory / "run.json",
         {
             "recipe": recipe.to_dict(),
             "recipe_digest": recipe.digest,
-            "profile": profile.model_dump(),
+            "profile": profile.model_dump(exclude_unset=True),
             "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
         },
     )
     return Run(recipe, profile, directory, progress)
 
 
-def open_run(
-    reference: str, profile: Profile | None, progress: RunProgress, recipe: str | None, overrides: Sequence[str]
-) -> Run:
-    """Open an existing run by name or directory, to go on with it on the profile it began with, or on `profile`.
+def open_run(reference: str, profile: Profile | None, profile_overrides: Sequence[str], progress: RunProgress) -> Run:
+    """Open an existing run by name or directory, to go on with its recipe.
 
-    Raises RecipeError when a recipe or overrides are given that differ from what the run began with.
+    It goes on on `profile`, or on the profile that it began with, changed by `profile.key=value` overrides.
     """
-    runs = (profile or load_profile("local")).storage_path / "runs"
+    runs = (profile or load_profile("local", profile_overrides)).storage_path / "runs"
     directory = next((d.resolve() for d in (runs / reference, Path(reference)) if (d / "run.json").is_file()), None)
     if directory is None:
         known = sorted(path.parent.name for path in runs.glob("*/run.json"))
         listed = f"there are {', '.join(known[-5:])}" if known else "there is none yet"
         raise HelioError(f"no run {reference!r} under {runs}: {listed}")
     record = json.loads((directory / "run.json").read_text())
-    resolved = build_recipe(Document("run.json", record["recipe"]))
-    if recipe is not None or overrides:
-        given = load_recipe(recipe or resolved.name, overrides)
-        if given.digest != resolved.digest:
-            changed = ", ".join(_differences(resolved.to_dict(), given.to_dict()))
-            raise RecipeError(
-                f"run {directory.name} began with another recipe ({changed} differ): resume without it, or start anew"
-            )
     if profile is None:
-        profile = validate(Profile, record["profile"], Document("run.json", record["profile"]))
+        document = Document("run.json", record["profile"])
+        for override in profile_overrides:
+            document.override(override.removeprefix("profile."), Profile.model_fields)
+        profile = validate(Profile, document.data, document)
     # The storage of a run is where the run lies, whatever directory the command is called from.
     profile = profile.model_copy(update={"storage": str(directory.parent.parent)})
-    return Run(resolved, profile, directory, progress)
+    return Run(build_recipe(Document("run.json", record["recipe"])), profile, directory, progress)
+
+
+def _new_directory(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        directory = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise AssertionError("counting does not end")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -142,17 +157,6 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write(temporary)
     temporary.replace(path)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(prefix + key)
-    return found
 
 
 def _version(package: str) -> str:

@@ -61,11 +61,13 @@ class Document:
             raise RecipeError(f"override {path}: there is no section {key[0]!r}{nearest(key[0], roots)}")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, as 2024-13-01
             raise RecipeError(f"override {path}: the value {text!r} is not valid YAML") from error
         node = self.data
         for depth, part in enumerate(key[:-1]):
-            child = node.setdefault(part, {})
+            child = node.get(part)
+            if child is None:
+                child = node[part] = {}
             if not isinstance(child, dict):
                 raise RecipeError(f"override {path}: {'.'.join(key[: depth + 1])} is a value and has no keys")
             node = child
@@ -90,6 +92,8 @@ def read_document(path: Path, name: str | None = None) -> Document:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    except ValueError as error:
+        raise RecipeError(f"{name}: a value is no valid date ({error}): put it in quotes") from error
     if not isinstance(root, yaml.MappingNode) or not isinstance(data, dict):
         raise RecipeError(f"{name}: must be a mapping of sections, got {type(data).__name__}")
     lines: dict[Key, int] = {}
@@ -151,9 +155,10 @@ def _fields_at(model: type[BaseModel], location: Key) -> list[str]:
     return list(model.model_fields)
 
 
-def nearest(word: str, valid: Iterable[str]) -> str:
+def nearest(word: object, valid: Iterable[str]) -> str:
+    """How to mend a name that is not valid: the nearest one, or all there are."""
     names = sorted(valid)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     if close:
         return f": did you mean {close[0]}?"
     return f": valid keys are {', '.join(names)}" if names else ""

@@ -4,9 +4,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from cluster.errors import CapacityError, HelioError
@@ -46,7 +46,12 @@ def session_environment(profile: Profile) -> dict[str, str]:
 def check_capacity(profile: Profile, kinds: Iterable[str], cpus: float, gpus: float, where: str) -> None:
     """Raise CapacityError when a stage of `kinds` asks for more than there is at all."""
     needs = profile.needs()
-    mends = {"pretrain": "train.workers", "tune": "trials.concurrent", "deploy": "replicas.cpus"}
+    mends = {
+        "ingest": "data.cpus_per_task",
+        "pretrain": "train.workers",
+        "tune": "trials.concurrent",
+        "deploy": "replicas.cpus",
+    }
     for kind in kinds:
         need_cpus, need_gpus = needs[kind]
         for need, there, resource in ((need_cpus, cpus, "CPUs"), (need_gpus, gpus, "GPUs")):
@@ -87,8 +92,7 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
         return
     terminate = signal.getsignal(signal.SIGTERM)
     if profile.address is None:
-        for name in SERVE_PORTS:
-            os.environ[name] = str(free_port())
+        os.environ.update(zip(SERVE_PORTS, map(str, free_ports(len(SERVE_PORTS))), strict=True))
         ray.init(
             address="local",
             num_cpus=local_cpus(profile),
@@ -100,7 +104,7 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     else:
         try:
             ray.init(address=profile.address, runtime_env={"env_vars": environment}, log_to_driver=True)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ValueError) as error:
             raise HelioError(
                 f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
             ) from None
@@ -109,6 +113,7 @@ def ray_session(profile: Profile, kinds: Iterable[str]) -> Iterator[None]:
     try:
         there = ray.cluster_resources()
         check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
+        _check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
         ray.shutdown()
@@ -132,8 +137,19 @@ def interruptible(work: Callable[[], T]) -> T:
     return outcome.result()
 
 
-def free_port() -> int:
-    """A TCP port of the loopback address that nothing listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different TCP ports of the loopback address that nothing listens on now."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def _check_nodes(profile: Profile, kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise CapacityError when one worker, trial, replica or task fits on no node."""
+    for kind in kinds:
+        cpus, gpus = profile.units()[kind]
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            raise CapacityError(
+                f"profile {profile.name} asks for {cpus:g} CPUs and {gpus:g} GPUs on one node in {kind}, "
+                "no node of the cluster has both: ask for less in one piece"
+            )

@@ -46,7 +46,7 @@ class Bundle:
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{directory} is no bundle: it has no manifest.json") from None
         except ValueError as error:
             raise CheckpointError(f"{directory}: manifest.json cannot be read: {error}") from None
@@ -113,7 +113,7 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle of `head(backbone(image))`; `manifest` gives classes, metrics and lineage.
 
-    The directory appears whole or not at all; one that is there already is replaced.
+    The directory appears whole or not at all. One that is there already may be registered: it is never replaced.
     """
     import tensorflow as tf
 
@@ -138,8 +138,7 @@ def write_bundle(
     signatures = {"serving_default": encoded, "pixels": pixels}
     tf.saved_model.save(module, str(temporary / "model"), signatures=signatures)
     write_json(temporary / "manifest.json", {"format": FORMAT, "image_size": image_size, **manifest})
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.replace(directory)
+    temporary.rename(directory)
     return Bundle.open(directory)
 
 

@@ -7,16 +7,18 @@ The winner from scratch is retrained and tested in the same way, so that the two
 """
 
 import hashlib
+import itertools
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import CheckpointError
 from cluster.run import Run
 from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
-from jobs.registry import Registry
+from jobs.registry import ModelVersion, Registry
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import ExportConfig, FinetuneConfig
@@ -38,8 +40,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     present = registry.find(run.recipe.name, "champion")
     shared = ray.put((training, held_out(run, "test")))
     resources = run.profile.trials
-    bundles = run.storage / "bundles"
-    bundles.mkdir(parents=True, exist_ok=True)
+    directory = _free_directory(run.storage / "bundles", run.name)
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial)
     retrain, evaluate = remote(_retrain), remote(_evaluate_bundle)
     limits = (resources.threads_per_trial, resources.gpus_per_trial)
@@ -48,20 +49,15 @@ def run_stage(run: Run) -> dict[str, Any]:
             _retraining(run, dataset, search),
             [shared],
             *limits,
-            bundles / run.name if name == "tune" else None,
+            directory if name == "tune" else None,
             _lineage(run, dataset, search),
         )
         for name, search in searches.items()
     }
-    champion = None
-    if present is not None:
-        bundle = present.open()
-        # Another set of classes answers another question: such a champion is replaced only by hand.
-        accuracy = ray.get(evaluate.remote(bundle, [shared], *limits)) if bundle.classes == dataset.classes else None
-        champion = {"version": present.version, "accuracy": accuracy}
+    champion = None if present is None else _measure_champion(run, present, dataset, evaluate, limits)
     tested = {name: ray.get(reference) for name, reference in waiting.items()}
     accuracy = tested["tune"]["accuracy"]
-    bundle = Bundle.open(bundles / run.name)
+    bundle = Bundle.open(directory)
     version = registry.register(run.recipe.name, bundle, _tags(bundle))
     promoted = config.promote == "if_better" and (
         champion is None or (champion["accuracy"] is not None and accuracy > champion["accuracy"])
@@ -128,23 +124,45 @@ def _retrain(
     return {"accuracy": accuracy, "confusion": confusion.tolist()}
 
 
-def _evaluate_bundle(bundle: Bundle, shared: list[Any], threads: int, gpus: float) -> float:
-    """In a worker: accuracy of a bundle on the present test split."""
-    import numpy as np
+def _measure_champion(
+    run: Run, present: ModelVersion, dataset: Dataset, evaluate: Any, limits: tuple[int, float]
+) -> dict[str, Any]:
+    """The present champion's accuracy on this test split, or why there is none."""
     import ray
 
-    from jobs.data.decode import fit_image
+    found: dict[str, Any] = {"version": present.version, "accuracy": None, "reason": None, "same_data": False}
+    try:
+        bundle = present.open()
+    except CheckpointError as error:
+        return {**found, "reason": f"its bundle cannot be opened ({error})"}
+    if bundle.classes != dataset.classes:
+        return {**found, "reason": "it has other classes, on which this test split says nothing"}
+    test = ray.put(held_out(run, "test", bundle.image_size))
+    found["same_data"] = bundle.manifest["lineage"]["dataset_fingerprint"] == dataset.fingerprint
+    return {**found, "accuracy": ray.get(evaluate.remote(bundle, [test], *limits))}
+
+
+def _evaluate_bundle(bundle: Bundle, shared: list[Any], threads: int, gpus: float) -> float:
+    """In a worker: accuracy of a bundle on images of its own size."""
+    import ray
+
     from jobs.training.device import set_up_tensorflow
 
     set_up_tensorflow(threads, gpus)
-    _, test = ray.get(shared[0])
+    test = ray.get(shared[0])
     loaded = bundle.load()
     correct = 0
     for start in range(0, len(test.labels), 256):
-        images = np.stack([fit_image(image, bundle.image_size) for image in test.images[start : start + 256]])
-        predicted = loaded.predict_pixels(images)[0].argmax(axis=1)
+        predicted = loaded.predict_pixels(test.images[start : start + 256])[0].argmax(axis=1)
         correct += int((predicted == test.labels[start : start + 256]).sum())
     return correct / len(test.labels)
+
+
+def _free_directory(parent: Path, name: str) -> Path:
+    """A name that no bundle has: one that is there may be registered."""
+    parent.mkdir(parents=True, exist_ok=True)
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
 
 
 def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
@@ -195,14 +213,18 @@ def _say(
 ) -> None:
     scratch = f", from scratch {tested['baseline']['accuracy']:.1%}" if "baseline" in tested else ""
     run.progress.say(f"  test accuracy {tested['tune']['accuracy']:.1%}{scratch}")
+    if champion is not None and champion["accuracy"] is not None and not champion["same_data"]:
+        run.progress.say(
+            f"  version {champion['version']} was trained on another data set, which may hold some of these test images"
+        )
     if promoted:
         why = "the first of its name" if champion is None else f"beats version {champion['version']}"
         run.progress.say(f"  registered as {run.recipe.name} version {version}: champion, {why}")
         return
-    if config.promote == "never":
+    if config.promote == "never" or champion is None:
         why = "export.promote is never"
-    elif champion is not None and champion["accuracy"] is None:
-        why = f"version {champion['version']} has other classes, on which this test split says nothing"
+    elif champion["accuracy"] is None:
+        why = f"it cannot be compared with version {champion['version']}: {champion['reason']}"
     else:
-        why = f"version {champion['version']} has {champion['accuracy']:.1%} on this test split" if champion else ""
+        why = f"version {champion['version']} has {champion['accuracy']:.1%} on this test split"
     run.progress.say(f"  registered as {run.recipe.name} version {version}: candidate, not champion: {why}")

@@ -25,7 +25,7 @@ from cluster.recipe import Recipe
 from cluster.run import Run, write_json
 from jobs.data.config import DataConfig
 from jobs.data.dataset import FORMAT, SCHEMA, SPLITS, Dataset
-from jobs.data.decode import DecodeError, decode_image
+from jobs.data.decode import decode_image
 from jobs.data.source import SourceFile, open_source, source_signature
 from jobs.data.tasks import run_tasks
 
@@ -137,11 +137,15 @@ def _verify_files(root: str, files: list[dict[str, Any]]) -> list[dict[str, Any]
         row = {"id": "", "path": file["path"], "label": file["label"], "split": file["split"], "width": 0, "height": 0}
         reason = None
         try:
+            if file["fault"] is not None:
+                raise DataError(file["fault"])
             data = Path(root, file["path"]).read_bytes()
             height, width = decode_image(data).shape[:2]
             row |= {"id": hashlib.sha256(data).hexdigest()[:32], "width": width, "height": height}
-        except (DecodeError, OSError) as error:
+        except DataError as error:
             reason = str(error)
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}"
         found.append({**row, "reason": reason})
     return found
 

@@ -1,6 +1,7 @@
 """The labelled subset that fine-tuning may use, and the held-out splits, decoded."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.run import Run
 from jobs.data.config import DataConfig
@@ -18,12 +19,14 @@ def labelled_subset(run: Run) -> LabelledImages:
     return _decode(run, dataset, "train", stratified_rows(labels, count, run.recipe.seed))
 
 
-def held_out(run: Run, split: str) -> LabelledImages:
-    """A whole held-out split."""
+def held_out(run: Run, split: str, image_size: int | None = None) -> LabelledImages:
+    """A whole held-out split, at the recipe's image size or another."""
     dataset = Dataset.open(run.require("ingest")["dataset"])
-    return _decode(run, dataset, split, np.arange(dataset.count(split), dtype=np.int64))
+    return _decode(run, dataset, split, np.arange(dataset.count(split), dtype=np.int64), image_size)
 
 
-def _decode(run: Run, dataset: Dataset, split: str, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LabelledImages:
-    size = run.recipe.section(DataConfig).image_size
+def _decode(
+    run: Run, dataset: Dataset, split: str, rows: NDArray[np.int64], image_size: int | None = None
+) -> LabelledImages:
+    size = image_size or run.recipe.section(DataConfig).image_size
     return LabelledImages(*decode_split(dataset, split, size, rows, run.profile.data))

@@ -1,8 +1,8 @@
 """The pipeline: the stages of a run one after another, each recorded, so that a run can go on where it stopped."""
 
+import json
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 from cluster import catalog
 from cluster.errors import HelioError
@@ -14,12 +14,14 @@ from jobs.report import write_report
 from jobs.results import collect_results, results_page
 
 
-def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_serving: bool = False) -> dict[str, Any]:
-    """Carry out `stages` of a run and return the results of the whole run.
+def run_stages(
+    run: Run, stages: Sequence[catalog.Stage], output: Output, as_json: bool = False, keep_serving: bool = False
+) -> None:
+    """Carry out `stages` of a run, then write its results and report and show them, as a page or as JSON.
 
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.
     """
-    with output.noise_to(run.directory / "run.log"):
+    with run.alone(), output.noise_to(run.directory / "run.log"):
         run.progress.redirect(output.messages)
         run.progress.say(f"run {run.name} in {run.directory}")
         try:
@@ -30,17 +32,19 @@ def run_stages(run: Run, stages: Sequence[catalog.Stage], output: Output, keep_s
                         run.carry_out(stage)
                     elif run.result(stage.name) is not None:
                         run.progress.say(f"{stage.title}: finished before")
-                results = collect_results(run)
-                write_json(run.directory / "results.json", results)
                 write_report(run)
-                run.progress.console.print(results_page(run))
+                if as_json:
+                    print(json.dumps(collect_results(run), indent=2), file=output.results, flush=True)
+                else:
+                    run.progress.console.print(results_page(run))
                 if keep_serving:
                     run.progress.say("the endpoint stays up until Ctrl-C")
                     _wait_for_interrupt()
         except (KeyboardInterrupt, HelioError):
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise
-    return results
+        finally:
+            write_json(run.directory / "results.json", collect_results(run))
 
 
 def _wait_for_interrupt() -> None:

@@ -1,12 +1,13 @@
 """Metrics to MLflow and TensorBoard, from the driver, without holding up what is measured."""
 
+import json
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from cluster.errors import HelioError
-from cluster.run import Run
+from cluster.run import Run, write_json
 from jobs.registry import tracking_uri
 
 
@@ -14,7 +15,8 @@ class Tracker:
     """One MLflow run for each helio run, and a TensorBoard directory beside it.
 
     MLflow's import and the first making of its database take seconds: a thread does both, and all writing. Use as a
-    context manager; leaving it waits for what is still to be written, and raises what failed.
+    context manager; leaving it waits for what is still to be written. Metrics that MLflow does not take are said so,
+    and cost no stage its result: TensorBoard and the run's own files have them too.
     """
 
     def __init__(self, run: Run) -> None:
@@ -28,16 +30,17 @@ class Tracker:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        self._work.put(lambda client, run_id: client.set_terminated(run_id, status))
         self._work.put(None)
         self._thread.join()
         if self._board is not None:
             self._board.close()
         if self._failure is not None:
-            raise HelioError(
-                f"MLflow cannot be used at {tracking_uri(self._run.storage)}: "
-                f"{str(self._failure).splitlines()[0]}: mend MLFLOW_TRACKING_URI or unset it"
-            ) from self._failure
+            logging.getLogger(__name__).error("MLflow failed", exc_info=self._failure)
+            reason = (str(self._failure) or type(self._failure).__name__).splitlines()[0]
+            self._run.progress.say(f"  warning: some metrics are not in MLflow: {reason}")
 
     def metrics(self, stage: str, values: dict[str, float], step: int) -> None:
         """Log figures of a stage at a step, as `stage/name`."""
@@ -67,10 +70,6 @@ class Tracker:
 
         self._work.put(write)
 
-    def finish(self, status: str) -> None:
-        """Mark the run FINISHED or FAILED."""
-        self._work.put(lambda client, run_id: client.set_terminated(run_id, status))
-
     def _write(self) -> None:
         try:
             import mlflow
@@ -79,16 +78,19 @@ class Tracker:
             run_id = self._run_id(client)
             while (write := self._work.get()) is not None:
                 write(client, run_id)
-        except BaseException as error:  # raised in the driver's thread, in __exit__
+        except BaseException as error:  # told in the driver's thread, in __exit__
             self._failure = error
 
     def _run_id(self, client: Any) -> str:
         """The MLflow run that this run began before, or a new one."""
         record = self._run.directory / "mlflow_run"
+        uri = tracking_uri(self._run.storage)
         if record.exists():
-            run_id = record.read_text().strip()
-            client.update_run(run_id, status="RUNNING")
-            return run_id
+            began = json.loads(record.read_text())
+            # Another server knows nothing of it.
+            if began["uri"] == uri:
+                client.update_run(began["run_id"], status="RUNNING")
+                return str(began["run_id"])
         name = self._run.recipe.name
         experiment = client.get_experiment_by_name(name)
         location = (self._run.storage / "mlflow-artifacts" / name).as_uri()
@@ -97,7 +99,7 @@ class Tracker:
         for key, value in _flatten(self._run.recipe.to_dict()).items():
             client.log_param(created.info.run_id, key, value)
         client.set_tag(created.info.run_id, "helio.run_directory", str(self._run.directory))
-        record.write_text(created.info.run_id)
+        write_json(record, {"uri": uri, "run_id": created.info.run_id})
         return str(created.info.run_id)
 
 

@@ -72,8 +72,14 @@ class Client:
 
     def _open_session(self) -> requests.Session:
         session = requests.Session()
+        try:
+            host = urlsplit(self.url).hostname
+        except ValueError as error:
+            raise EndpointError(
+                f"the endpoint must be a URL as http://127.0.0.1:8000, got {self.url}: {error}"
+            ) from None
         # A proxy that the environment names cannot reach this machine's own loopback.
-        session.trust_env = urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1")
+        session.trust_env = host not in ("127.0.0.1", "localhost", "::1")
         return session
 
     def predict(self, image: bytes | Path, probabilities: bool = False) -> Prediction:

@@ -1,7 +1,7 @@
 """Serves a registered bundle until it is told to stop.
 
     helio deploy quickstart
-    helio deploy quickstart --bundle helio-workspace/bundles/quickstart serve.port=8080
+    helio deploy quickstart --bundle helio-workspace/bundles/quickstart-20260101-120000 serve.port=8080
 
 `helio run` ends with the same endpoint.
 """

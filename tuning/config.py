@@ -1,6 +1,8 @@
 """The recipe section that describes the search."""
 
-from pydantic import Field, model_validator
+import os
+
+from pydantic import Field, field_validator, model_validator
 
 from cluster.schema import Section
 from jobs.training.config import FinetuneConfig
@@ -59,12 +61,20 @@ class TuneConfig(Section):
     }
     """Searched fields of `finetune`, each with its range."""
 
+    @field_validator("checkpoint")
+    @classmethod
+    def _absolute(cls, checkpoint: str | None) -> str | None:
+        # A run may go on from another directory.
+        return None if checkpoint is None else os.path.abspath(os.path.expanduser(checkpoint))
+
     @model_validator(mode="after")
     def _space_fits_finetune(self) -> "TuneConfig":
         from pydantic import ValidationError
 
         from cluster.schema import nearest
 
+        if not self.space.keys() - {"unfrozen_stages"}:
+            raise ValueError("space must hold a setting besides unfrozen_stages, which the baseline does not search")
         searchable = [
             name for name in FinetuneConfig.model_fields if name not in ("augment", "labels_fraction", "epochs")
         ]
@@ -73,7 +83,7 @@ class TuneConfig(Section):
                 raise ValueError(f"space.{name} is no setting of finetune{nearest(name, searchable)}")
             whole = FinetuneConfig.model_fields[name].annotation is int
             for value in dimension.values():
-                if whole and value != int(value):
+                if whole and not value.is_integer():
                     raise ValueError(f"space.{name} takes whole numbers, got {value:g}")
                 try:
                     FinetuneConfig.model_validate({name: int(value) if whole else value})

@@ -153,12 +153,11 @@ def _trial(
     start, labelled, validation = ray.get(shared[0])
     number = tune.get_context().get_trial_id()
 
-    def report(epoch: int, loss: float, classifier: Classifier) -> bool:
+    def report(epoch: int, loss: float, classifier: Classifier) -> None:
         probabilities = classifier.probabilities(validation.images)
         accuracy = float((probabilities.argmax(axis=1) == validation.labels).mean())
         events.put.remote({"trial": number, "epoch": epoch, "accuracy": accuracy})
         tune.report({METRIC: accuracy, "loss": loss, "epoch": epoch})
-        return False
 
     finetune(start, labelled, base.model_copy(update=configuration), report)
 

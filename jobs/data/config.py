@@ -1,6 +1,8 @@
 """The recipe sections that describe images and what is done to them."""
 
-from pydantic import Field, model_validator
+import os
+
+from pydantic import Field, field_validator, model_validator
 
 from cluster.schema import Section
 
@@ -38,6 +40,12 @@ class DataConfig(Section):
     """Rows in a Parquet row group, the unit that is read at once."""
     shuffle_window_rows: int = Field(default=16384, ge=1)
     """Rows that are shuffled together; shard order is shuffled over the whole set."""
+
+    @field_validator("source")
+    @classmethod
+    def _absolute(cls, source: str) -> str:
+        # A run may go on from another directory.
+        return source if not source or source.startswith("sample:") else os.path.abspath(os.path.expanduser(source))
 
     @model_validator(mode="after")
     def _splits_leave_training_images(self) -> "DataConfig":

@@ -145,6 +145,9 @@ class _RowGroupCache:
         with pq.ParquetFile(path) as file:
             table = file.read_row_group(group)
         with self._lock:
+            if key in self._tables:
+                # Another thread read it meanwhile.
+                return self._tables[key]
             self._tables[key] = table
             self._bytes += table.nbytes
             while self._bytes > CACHE_BYTES and len(self._tables) > 1:

@@ -3,8 +3,9 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from cluster.errors import DataError
 from cluster.schema import nearest
@@ -32,6 +33,8 @@ class SourceFile:
     split: str | None
     size: int
     modified_ns: int
+    fault: str | None = None
+    """Why it is rejected without a look inside."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +58,37 @@ class FolderSource:
         Raises DataError when the source is missing, has no class folders, or has no files.
         """
         self.check()
-        found: list[SourceFile] = []
         tops = _folders(self.root)
-        # A lone `train` of files only is a class by that name.
-        by_split = bool(tops) and all(t.name.lower() in SPLIT_NAMES for t in tops) and any(_folders(t) for t in tops)
+        splits = [top for top in tops if top.name.lower() in SPLIT_NAMES and _folders(top)]
+        if splits and len(splits) < len(tops):
+            odd = next(top.name for top in tops if top not in splits)
+            raise DataError(
+                f"data.source {str(self.root)!r} has folders for splits ({splits[0].name}) and beside them {odd}: "
+                "move it away, or name the folder whose sub-folders are the classes"
+            )
+        found = self._loose(self.root)
         for top in tops:
-            for folder in _folders(top) if by_split else [top]:
-                split = SPLIT_NAMES[top.name.lower()] if by_split else None
-                found += (self._describe(path, folder.name, split) for path in _walk(folder))
+            split = SPLIT_NAMES[top.name.lower()] if splits else None
+            found += self._loose(top) if splits else []
+            for folder in _folders(top) if splits else [top]:
+                found += [self._describe(path, folder.name, split) for path in _walk(folder)]
         # Only a split that holds more than training images counts: a lone `train` folder is to be split.
-        if {file.split for file in found} == {"train"}:
-            found = [SourceFile(f.path, f.label, None, f.size, f.modified_ns) for f in found]
+        if {file.split for file in found if file.fault is None} == {"train"}:
+            found = [replace(file, split=None) for file in found]
         return sorted(found, key=lambda file: file.path)
 
+    def _loose(self, folder: Path) -> list[SourceFile]:
+        """Files where only folders should be."""
+        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        return [replace(self._describe(path, "", None), fault="not in a class folder") for path in files]
+
     def _describe(self, path: Path, label: str, split: str | None) -> SourceFile:
-        status = path.stat()
-        return SourceFile(path.relative_to(self.root).as_posix(), label, split, status.st_size, status.st_mtime_ns)
+        name = path.relative_to(self.root).as_posix()
+        try:
+            status = path.stat()
+        except OSError as error:
+            return SourceFile(name, label, split, 0, 0, f"cannot be read: {error.strerror}")
+        return SourceFile(name, label, split, status.st_size, status.st_mtime_ns)
 
 
 def source_signature(files: list[SourceFile]) -> str:
@@ -118,12 +136,32 @@ def _render_digits(folder: Path) -> Path:
 
 
 def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    try:
+        return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise _unreadable(error) from None
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for base, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
+    """Files below a folder; links to folders are followed, each real folder once."""
+    seen: set[str] = set()
+    for base, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and _first_visit(Path(base, f), seen))
         for name in sorted(names):
             if not name.startswith("."):
                 yield Path(base, name)
+
+
+def _first_visit(folder: Path, seen: set[str]) -> bool:
+    real = os.path.realpath(folder)
+    first = real not in seen
+    seen.add(real)
+    return first
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise _unreadable(error) from None
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"data.source: folder {error.filename} cannot be read: {error.strerror}")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from cluster.errors import HelioError
 from cluster.profile import DataResources
 
 LOOP_REST_S = 0.01
@@ -49,9 +50,20 @@ def run_tasks(work: Callable[[Item], Out], items: Sequence[Item], resources: Dat
     blocks = [pa.table({"item": [pickle.dumps(item)]}) for item in items]
 
     def apply(batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, list[bytes]]:
-        return {"result": [pickle.dumps(work(pickle.loads(item))) for item in batch["item"]]}
+        return {"result": [pickle.dumps(_outcome(work, pickle.loads(item))) for item in batch["item"]]}
 
     results = ray.data.from_arrow(blocks).map_batches(apply, batch_size=1, num_cpus=resources.cpus_per_task)
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for value in batch.column("result").to_pylist():
-            yield pickle.loads(value)
+            outcome = pickle.loads(value)
+            if isinstance(outcome, HelioError):
+                raise outcome
+            yield outcome
+
+
+def _outcome(work: Callable[[Item], Out], item: Item) -> Out | HelioError:
+    """The result, or the error that the user can mend: Ray Data would wrap it in its own."""
+    try:
+        return work(item)
+    except HelioError as error:
+        return error

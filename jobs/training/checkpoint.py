@@ -4,13 +4,14 @@
         backbone.npz   weights of the backbone, in Keras's order
         head.npz       weights of the method's head
         optimizer.npz  the optimizer's variables, step count included
-        state.json     step, world size, seed, model, method, data-set fingerprint
+        state.json     step, seed, model, method, data-set fingerprint, figures of the epochs so far
 
 Nothing in it is executed on reading (no pickle).
 """
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,12 @@ class State:
     global_batch_size: int
     fingerprint: str
     """Of the data set."""
+    knn_random: float
+    """kNN accuracy of the untrained backbone."""
+    history: list[dict[str, float]]
+    """Figures at the end of each epoch so far."""
+    resumed_from: list[int]
+    """Steps of the checkpoints that training went on from."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Checkpoint:
         directory = Path(directory)
         try:
             state = State(**json.loads((directory / "state.json").read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{directory} is no checkpoint: it has no state.json") from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{directory}: state.json cannot be read: {error}") from None
@@ -75,7 +82,7 @@ class Checkpoint:
         try:
             with np.load(self.directory / f"{part}.npz", allow_pickle=False) as file:
                 return [file[name] for name in sorted(file.files)]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"checkpoint {self.directory}: {part}.npz cannot be read: {error}") from None
 
 

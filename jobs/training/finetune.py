@@ -74,10 +74,10 @@ def finetune(
     start: Start,
     data: LabelledImages,
     config: FinetuneConfig,
-    on_epoch: Callable[[int, float, Classifier], bool] | None = None,
+    on_epoch: Callable[[int, float, Classifier], None] | None = None,
     epochs: int | None = None,
 ) -> Classifier:
-    """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch and may end it with True.
+    """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch.
 
     The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best after
     some epochs is retrained with the very rates it was found with.
@@ -123,8 +123,8 @@ def finetune(
         for first in range(0, steps * batch, batch):
             rows = order[first : first + batch]
             total += float(step(*_batch(data, rows, start, augment, epoch)))
-        if on_epoch is not None and on_epoch(epoch + 1, total / steps, classifier):
-            break
+        if on_epoch is not None:
+            on_epoch(epoch + 1, total / steps, classifier)
     return classifier
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import ray
 import ray.train
 import tensorflow as tf
 
@@ -77,6 +78,9 @@ class _Worker:
         self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
+        self.knn_random = 0.0
+        self.history: list[dict[str, float]] = []
+        self.resumed_from: list[int] = []
         self._restore()
         self.probe = _Probe(self)
 
@@ -84,7 +88,7 @@ class _Worker:
         """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
         config = self.config
         if self.step == 0:
-            self._tell(kind="start", knn_random=self.probe.accuracy())
+            self.knn_random = self.probe.accuracy()
         stream = self._stream()
         ends = self._epoch_ends()
         losses, since, started, told = tf.constant(0.0), 0, time.monotonic(), time.monotonic()
@@ -101,8 +105,9 @@ class _Worker:
                 continue
             loss = float(losses) / since
             if not math.isfinite(loss):
-                # The loss is the same on every worker: all of them stop here.
-                self._tell(kind="diverged")
+                # The loss is the same on every worker: all of them stop here, once the driver knows.
+                if self.rank == 0:
+                    ray.get(self.assignment.events.put.remote({"step": self.step, "kind": "diverged"}))
                 return
             self.average_statistics()
             elapsed = time.monotonic() - started
@@ -113,6 +118,7 @@ class _Worker:
                 "images_per_second": since * config.global_batch_size / elapsed,
                 "data_wait_share": stream.waited_s / elapsed,
             }
+            self.history.append({"step": self.step, **metrics})
             self._tell(kind="epoch", **metrics)
             epoch = round(self.order.epoch_of(self.step))
             if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
@@ -151,6 +157,8 @@ class _Worker:
             assign(self.method.head.weights, checkpoint.read("head"), "head")
             assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
         self.step = checkpoint.state.step
+        self.knn_random, self.history = checkpoint.state.knn_random, checkpoint.state.history
+        self.resumed_from = [*checkpoint.state.resumed_from, self.step]
         self._tell(kind="resumed")
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
@@ -171,6 +179,9 @@ class _Worker:
             method=self.config.method,
             global_batch_size=self.config.global_batch_size,
             fingerprint=self.dataset.fingerprint,
+            knn_random=self.knn_random,
+            history=self.history,
+            resumed_from=self.resumed_from,
         )
         parts = {
             "backbone": self.backbone.weights,

@@ -71,6 +71,13 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(environment: None, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_searched_setting_can_be_changed_and_the_others_stay(environment: None, tmp_path: Path) -> None:
+    shown = helio("run", "quickstart", "tune.space.learning_rate.low=1e-3", "--dry-run", "--json", cwd=tmp_path)
+    space = json.loads(shown.stdout)["recipe"]["tune"]["space"]
+    assert len(space) == 6
+    assert (space["learning_rate"]["low"], space["learning_rate"]["high"]) == (0.001, 0.01)
+
+
 def test_shipped_recipes_are_listed_and_shown_with_every_default(environment: None, tmp_path: Path) -> None:
     names = json.loads(helio("recipes", "--json", cwd=tmp_path).stdout)
     assert set(names) == {"quickstart", "cifar10", "photos"}
@@ -128,6 +135,14 @@ MISTAKES = {
         "asks for 320.25 CPUs in pretrain, this machine has",
     ),
     "a run that is not there": (["--resume", "yesterday"], "no run 'yesterday'"),
+    "a split folder among classes": (["data.source=mixed"], "has folders for splits (train) and beside them meta"),
+    "storage that is a file": (["profile.storage=mine.yaml"], "storage 'mine.yaml' cannot be written"),
+    "an empty search space": (["tune.space={}"], "must hold a setting besides unfrozen_stages"),
+    "a date that is none": (["data.source=2024-13-01"], "is not valid YAML"),
+    "a section that is none": (["pretrain=false"], "pretrain: input should be a valid dictionary"),
+    "one and a half GPUs": (["profile.trials.gpus_per_trial=1.5"], "more than one GPU must be a whole number, got 1.5"),
+    "a checkpoint that is a file": (["tune.checkpoint=mine.yaml"], "is no checkpoint: it has no state.json"),
+    "an option that is none": (["--resum", "x"], "unrecognized arguments: --resum"),
     "a sample that is not there": (["data.source=sample:letters"], "there is no sample 'letters'"),
     "a checkpoint that is none": (["tune.checkpoint=empty"], "is no checkpoint: it has no state.json"),
     "a checkpoint of another architecture": (
@@ -142,7 +157,9 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(environment: None, tm
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "ant").mkdir(parents=True)
     (tmp_path / "checkpoint").mkdir()
-    state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "")
+    _images(tmp_path / "mixed" / "train", {"ant": 3, "bee": 3})
+    _images(tmp_path / "mixed", {"meta": 1})
+    state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "", 0.0, [], [])
     (tmp_path / "checkpoint" / "state.json").write_text(json.dumps(vars(state)))
     (tmp_path / "mine.yaml").write_text(RECIPE)
     arguments, expected = MISTAKES[mistake]

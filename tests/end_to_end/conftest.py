@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cluster.session import free_port
+from cluster.session import free_ports
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -50,7 +50,7 @@ def blocks() -> list[str]:
 def walk(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     """Every command of the README, in order, in an empty directory; only the port is another."""
     directory = tmp_path_factory.mktemp("newcomer")
-    port = str(free_port())
+    port = str(free_ports(1)[0])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     printed = []
     for block in blocks():

@@ -31,6 +31,8 @@ def test_what_is_no_image_is_listed_and_the_rest_ingested(make_run: MakeRun, pho
     (photos / "bee" / "empty.png").touch()
     cut = (photos / "cat" / "00.jpg").read_bytes()
     (photos / "cat" / "cut.jpg").write_bytes(cut[: len(cut) // 2])
+    (photos / "labels.csv").write_text("ant,0")
+    (photos / "ant" / "gone.jpg").symlink_to(photos / "nowhere.jpg")
     shutil.copy(photos / "cat" / "04.jpg", photos / "cat" / "copy-of-04.jpg")
     shutil.copy(photos / "cat" / "08.jpg", photos / "bee" / "a-cat-among-bees.jpg")
 
@@ -40,14 +42,18 @@ def test_what_is_no_image_is_listed_and_the_rest_ingested(make_run: MakeRun, pho
     dataset = Dataset.open(result["dataset"])
     rejected = {r["source"]: r["reason"] for r in pq.read_table(dataset.directory / "rejected.parquet").to_pylist()}
 
-    assert result["read"] == 41 == result["written"] + result["rejected"]
+    assert result["read"] == 43 == result["written"] + result["rejected"]
     assert set(rejected) == {
+        "labels.csv",
+        "ant/gone.jpg",
         "ant/notes.jpg",
         "bee/empty.png",
         "cat/cut.jpg",
         "cat/copy-of-04.jpg",
         "cat/08.jpg",
     }
+    assert rejected["labels.csv"] == "not in a class folder"
+    assert rejected["ant/gone.jpg"] == "cannot be read: No such file or directory"
     assert rejected["bee/empty.png"] == "the file is empty"
     assert rejected["cat/copy-of-04.jpg"] == "same content as cat/04.jpg"
     assert rejected["cat/08.jpg"] == "same content as bee/a-cat-among-bees.jpg, there as bee"

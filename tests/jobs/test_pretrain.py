@@ -28,23 +28,29 @@ TEN_SGD_STEPS = (
 )
 
 
-def _weights(make_run: MakeRun, method: str, workers: int) -> Arrays:
-    run = make_run(*TEN_SGD_STEPS, f"pretrain.method={method}", profile=(f"profile.train.workers={workers}",))
+def _weights(make_run: MakeRun, method: str, workers: int, *overrides: str) -> Arrays:
+    run = make_run(
+        *TEN_SGD_STEPS, f"pretrain.method={method}", *overrides, profile=(f"profile.train.workers={workers}",)
+    )
     carry_out(run, "ingest", "pretrain")
     result = run.require("pretrain")
     assert (result["steps"], result["workers"]) == (10, workers)
     checkpoint = Checkpoint.open(result["checkpoint"])
+    assert len(checkpoint.state.history) == 1
     return checkpoint.read("backbone") + checkpoint.read("head")
 
 
 @pytest.mark.parametrize("method", ["supervised", "simclr"])
 def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: MakeRun, method: str) -> None:
-    # Ten steps move these weights by about 5e-4: workers that kept their negatives or gradients to themselves would
-    # differ by as much. Each checkpoint is written only after the hashes of both workers' weights were found equal.
+    # Each checkpoint is written only after the hashes of both workers' weights were found equal.
     one, two = _weights(make_run, method, 1), _weights(make_run, method, 2)
+    still = _weights(make_run, method, 1, "pretrain.learning_rate=0")
     difference = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
-    print(f"{method}: largest difference between 1 and 2 workers after 10 steps {difference:.1e}")
+    moved = max(float(np.abs(a - b).max()) for a, b in zip(one, still, strict=True))
+    print(f"{method}: 1 and 2 workers differ by {difference:.1e} after 10 steps that moved weights by {moved:.1e}")
     assert difference < 1e-5
+    # Workers that kept their negatives or their gradients to themselves would differ by as much as they moved.
+    assert moved > 10 * 1e-5
 
 
 def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:

@@ -16,7 +16,7 @@ from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
 from cluster.run import Run, create_run, write_json
-from cluster.session import free_port
+from cluster.session import free_ports
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion
 from serving.config import ServeConfig
@@ -116,7 +116,7 @@ def deployed(version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) ->
         folder.mkdir(parents=True)
         for image in range(10):
             (folder / f"{image}.png").write_bytes(picture(100 * index + image, 24, 20))
-    overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": free_port()}.items()]
+    overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": free_ports(1)[0]}.items()]
     recipe = load_recipe("quickstart", [f"data.source={directory / 'source'}", *overrides])
     profile = load_profile("local", [f"profile.storage={directory}"])
     run = create_run(recipe, profile, RunProgress(io.StringIO()))

@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 
 from cluster.errors import EndpointError
-from cluster.session import free_port
+from cluster.session import free_ports
 from serving import client as client_module
 from serving.client import Client, ImageError, Prediction, endpoint_url
 from serving.config import ServeConfig
@@ -85,7 +85,7 @@ def test_a_refused_image_is_not_sent_again(tmp_path: Path) -> None:
 
 def test_no_endpoint_is_one_line_after_a_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "BACKOFF_S", 0.001)
-    url = f"http://127.0.0.1:{free_port()}"
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
     with pytest.raises(EndpointError, match=f"^no endpoint answers at {url}: start one with `helio deploy RECIPE`"):
         Client(url).predict(b"bytes")
 
@@ -145,6 +145,6 @@ def test_predict_prints_one_json_document(url: str, tmp_path: Path) -> None:
 
 def test_predict_without_an_endpoint_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture(1))
-    done = helio_predict(tmp_path / "a.png", "--endpoint", f"http://127.0.0.1:{free_port()}")
+    done = helio_predict(tmp_path / "a.png", "--endpoint", f"http://127.0.0.1:{free_ports(1)[0]}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "no endpoint answers" in done.stderr and "Traceback" not in done.stderr
