@@ -27,7 +27,10 @@ UNTIL = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A wrong word gets one line, as every other mistake."""
+    """A wrong word gets one line, as every other mistake; a part of an option's name is none."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and where to read more; exit code 2."""

@@ -1,9 +1,11 @@
 """What a run would do and what it would need, without doing any of it."""
 
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
 from cluster import catalog
+from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.session import check_capacity_here
@@ -37,6 +39,11 @@ def kinds_of(stages: Iterable[catalog.Stage]) -> list[str]:
 def preflight(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
     """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
     check_capacity_here(profile, kinds_of(stages))
+    try:
+        profile.storage_path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=profile.storage_path).close()
+    except OSError as error:
+        raise HelioError(f"profile.storage {profile.storage!r} cannot be written: {error.strerror}") from None
     for stage in stages:
         if stage.preflight is not None:
             catalog.load(stage.preflight)(recipe, profile)

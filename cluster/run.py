@@ -95,11 +95,8 @@ class Run:
 def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
     """Make the directory of a new run and record what it was asked to do."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    try:
-        directory = _new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
-        (directory / "stages").mkdir()
-    except OSError as error:
-        raise HelioError(f"storage {profile.storage!r} cannot be written: {error.strerror}: {error.filename}") from None
+    directory = _new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
+    (directory / "stages").mkdir()
     write_json(
         directory / "run.json",
         {

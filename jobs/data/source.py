@@ -44,21 +44,18 @@ class FolderSource:
     root: Path
 
     def check(self) -> None:
-        """Raise DataError when the source is missing or holds no file, without listing it whole."""
+        """Raise DataError when the source is missing, holds no file or mixes splits and classes; does not list it."""
+        self._tops()
+
+    def _tops(self) -> tuple[list[Path], bool]:
+        """The folders of the first level, and whether they are splits."""
         if not self.root.is_dir():
             raise DataError(f"data.source must be a folder of class folders, there is none at {str(self.root)!r}")
         tops = _folders(self.root)
         if not any(next(_walk(top), None) for top in tops):
             what = "has class folders but no files" if tops else "has no class folders"
             raise DataError(f"data.source {str(self.root)!r} {what}: it needs <class>/<image files>")
-
-    def files(self) -> list[SourceFile]:
-        """Every file, ordered by path. Hidden files are no images and are passed over.
-
-        Raises DataError when the source is missing, has no class folders, or has no files.
-        """
-        self.check()
-        tops = _folders(self.root)
+        # A `train` that holds only files is a class by that name.
         splits = [top for top in tops if top.name.lower() in SPLIT_NAMES and _folders(top)]
         if splits and len(splits) < len(tops):
             odd = next(top.name for top in tops if top not in splits)
@@ -66,6 +63,14 @@ class FolderSource:
                 f"data.source {str(self.root)!r} has folders for splits ({splits[0].name}) and beside them {odd}: "
                 "move it away, or name the folder whose sub-folders are the classes"
             )
+        return tops, bool(splits)
+
+    def files(self) -> list[SourceFile]:
+        """Every file, ordered by path, with what is known to be wrong with it. Hidden files are passed over.
+
+        Raises DataError as `check` does, and when a folder cannot be read.
+        """
+        tops, splits = self._tops()
         found = self._loose(self.root)
         for top in tops:
             split = SPLIT_NAMES[top.name.lower()] if splits else None

@@ -97,8 +97,8 @@ def _one_line(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def _images(folder: Path, counts: dict[str, int]) -> Path:
-    generator = np.random.default_rng(0)
     for name, count in counts.items():
+        generator = np.random.default_rng(list(name.encode()))
         (folder / name).mkdir(parents=True)
         for number in range(count):
             cv2.imwrite(str(folder / name / f"{number}.png"), generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
@@ -134,15 +134,15 @@ MISTAKES = {
         ["profile.train.workers=640", "pretrain.global_batch_size=640"],
         "asks for 320.25 CPUs in pretrain, this machine has",
     ),
-    "a run that is not there": (["--resume", "yesterday"], "no run 'yesterday'"),
+    "a recipe for a run that has one": (["--resume", "yesterday"], "a run keeps its recipe: --resume takes none"),
     "a split folder among classes": (["data.source=mixed"], "has folders for splits (train) and beside them meta"),
-    "storage that is a file": (["profile.storage=mine.yaml"], "storage 'mine.yaml' cannot be written"),
+    "storage that is a file": (["profile.storage=mine.yaml"], "profile.storage 'mine.yaml' cannot be written: "),
     "an empty search space": (["tune.space={}"], "must hold a setting besides unfrozen_stages"),
     "a date that is none": (["data.source=2024-13-01"], "is not valid YAML"),
     "a section that is none": (["pretrain=false"], "pretrain: input should be a valid dictionary"),
     "one and a half GPUs": (["profile.trials.gpus_per_trial=1.5"], "more than one GPU must be a whole number, got 1.5"),
     "a checkpoint that is a file": (["tune.checkpoint=mine.yaml"], "is no checkpoint: it has no state.json"),
-    "an option that is none": (["--resum", "x"], "unrecognized arguments: --resum"),
+    "an option that is none": (["--resum"], "unrecognized arguments: --resum"),
     "a sample that is not there": (["data.source=sample:letters"], "there is no sample 'letters'"),
     "a checkpoint that is none": (["tune.checkpoint=empty"], "is no checkpoint: it has no state.json"),
     "a checkpoint of another architecture": (
@@ -166,6 +166,12 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(environment: None, tm
     line = _one_line(helio("run", "mine.yaml", *arguments, cwd=tmp_path))
     assert expected in line
     assert not (tmp_path / "helio-workspace" / "runs").exists()
+
+
+def test_a_run_that_is_not_there_is_named_with_where_it_was_looked_for(environment: None, tmp_path: Path) -> None:
+    line = _one_line(helio("run", "--resume", "yesterday", cwd=tmp_path))
+    assert "no run 'yesterday' under" in line
+    assert line.endswith("there is none yet")
 
 
 def test_an_unknown_recipe_key_is_named_with_its_line(environment: None, tmp_path: Path) -> None:
