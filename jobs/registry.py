@@ -11,6 +11,9 @@ from typing import Any
 from cluster.errors import HelioError
 from jobs.bundle import Bundle
 
+SCHEME = "helio://"
+"""Of a bundle's path in the registry: an MLflow server refuses plain paths that are not under its own artifacts."""
+
 
 def tracking_uri(storage: Path) -> str:
     """Where MLflow keeps runs and models."""
@@ -49,7 +52,8 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         tags = {**tags, "bundle_digest": bundle.digest}
-        version = self._client.create_model_version(model, source=str(bundle.directory), tags=tags)
+        source = f"{SCHEME}{bundle.directory}"
+        version = self._client.create_model_version(model, source=source, tags=tags)
         self.set_alias(model, "candidate", version.version)
         return ModelVersion(model, str(version.version), bundle.directory, bundle.digest)
 
@@ -65,7 +69,9 @@ class Registry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
-        return ModelVersion(model, str(version.version), Path(version.source), version.tags["bundle_digest"])
+        return ModelVersion(
+            model, str(version.version), Path(version.source.removeprefix(SCHEME)), version.tags["bundle_digest"]
+        )
 
     def require(self, model: str, alias: str) -> ModelVersion:
         """The same. Raises HelioError where there is none."""
