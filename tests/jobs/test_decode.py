@@ -1,12 +1,40 @@
 """Decoding: one function for training and serving, and its twin inside the SavedModel."""
 
+import tarfile
+
 import cv2
 import numpy as np
 import pytest
+import ray
 
 from jobs.data.augment import augment_image, image_generator
 from jobs.data.config import AugmentConfig
 from jobs.data.decode import DecodeError, decode_image, decode_to_size
+from tests.conftest import SHARED_DATA
+
+
+def _differing_pixels(images: list[bytes], size: int) -> list[int]:
+    """For each image, how many values the SavedModel's own decoding gives otherwise than helio's."""
+    import tensorflow as tf
+
+    from jobs.bundle import _decode_in_graph
+
+    decode = tf.function(lambda data: _decode_in_graph(data, size))
+    return [int((decode(tf.constant(data)).numpy() != decode_to_size(data, size)).sum()) for data in images]
+
+
+@pytest.mark.parametrize("size", [64, 160])
+def test_photographs_look_the_same_to_a_savedmodel(ray_cluster: None, size: int) -> None:
+    archive = SHARED_DATA / "clothing_mini.tar.xz"
+    if not archive.exists():
+        pytest.skip("the set of photographs is not on this machine")
+    with tarfile.open(archive) as tar:
+        members = [member for member in tar if member.name.endswith(".jpg")][:40]
+        images = [file.read() for member in members if (file := tar.extractfile(member)) is not None]
+    differing = ray.get(ray.remote(num_cpus=1)(_differing_pixels).remote(images, size))
+    assert len(differing) == 40
+    # Of 3 × size² values: a last bit of two libraries' sums may fall to either side of a level.
+    assert max(differing) <= 3 * size * size // 1000
 
 
 def _encode(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], suffix: str) -> bytes:

@@ -1,6 +1,11 @@
 """Pre-training: the workers train one model together, whatever their number."""
 
+import contextlib
+import os
+import signal
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +56,50 @@ def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: Make
     assert difference < 1e-5
     # Workers that kept their negatives or their gradients to themselves would differ by as much as they moved.
     assert moved > 10 * 1e-5
+
+
+def _own_processes(name: str) -> list[int]:
+    """Processes of this name that this test session's Ray has started."""
+    parents: dict[int, int] = {}
+    named = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, rest = status.read_text().split(" (", 1)
+            comm, _, fields = rest.rpartition(") ")
+            parents[int(pid)] = int(fields.split()[1])
+            named += [int(pid)] if comm == name else []
+
+    def is_own(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_own(parents[pid]))
+
+    return [pid for pid in named if is_own(pid)]
+
+
+def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoint(make_run: MakeRun) -> None:
+    more = ("model.norm=batch", "pretrain.max_steps=80", "pretrain.epochs=8", "pretrain.checkpoint_every_epochs=1")
+    run, undisturbed = (make_run(*TEN_SGD_STEPS, *more) for _ in range(2))
+    carry_out(run, "ingest")
+    carry_out(undisturbed, "ingest", "pretrain")
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        # Ray Train knows of a checkpoint once its snapshot names it: one that was in flight is lost.
+        snapshot = run.directory / "pretrain" / "checkpoint_manager_snapshot.json"
+        while not (snapshot.exists() and "step-" in snapshot.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        killed.append(min(_own_processes("ray::RayTrainWo")))
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    carry_out(run, "pretrain")
+    killer.join()
+    result = run.require("pretrain")
+    assert killed
+    assert len(result["resumed_from_steps"]) == 1
+    assert [epoch["step"] for epoch in result["history"]] == [20, 40, 60, 79, 80]
+    assert result["weights_sha256"] == undisturbed.require("pretrain")["weights_sha256"]
 
 
 def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:
