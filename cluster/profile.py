@@ -3,9 +3,9 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cluster.errors import RecipeError
 from cluster.schema import Section, nearest, read_document, validate
@@ -13,11 +13,15 @@ from cluster.schema import Section, nearest, read_document, validate
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 
 
-def whole_above_one(gpus: float) -> float:
+def _whole_above_one(gpus: float) -> float:
     """Ray shares one GPU, or gives several whole. Raises ValueError."""
     if gpus > 1 and gpus != int(gpus):
         raise ValueError(f"more than one GPU must be a whole number, got {gpus:g}")
     return gpus
+
+
+SharedGpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""A share of one GPU, or several whole ones."""
 
 
 class TrainResources(Section):
@@ -45,13 +49,7 @@ class TrialResources(Section):
 
     concurrent: int = Field(default=2, ge=1)
     cpus_per_trial: float = Field(default=1.0, gt=0)
-    gpus_per_trial: float = Field(default=0.0, ge=0)
-
-    @field_validator("gpus_per_trial")
-    @classmethod
-    def _whole_above_one(cls, gpus: float) -> float:
-        return whole_above_one(gpus)
-
+    gpus_per_trial: SharedGpus = 0.0
     threads_per_trial: int = Field(default=1, ge=1)
 
 
@@ -59,13 +57,8 @@ class ReplicaResources(Section):
     """One Serve replica."""
 
     cpus: float = Field(default=0.5, gt=0)
-    gpus: float = Field(default=0.0, ge=0)
+    gpus: SharedGpus = 0.0
     threads: int = Field(default=1, ge=1)
-
-    @field_validator("gpus")
-    @classmethod
-    def _whole_above_one(cls, gpus: float) -> float:
-        return whole_above_one(gpus)
 
 
 class Profile(Section):

@@ -10,7 +10,6 @@
 
 import datetime
 import fcntl
-import itertools
 import json
 import os
 import platform
@@ -95,7 +94,7 @@ class Run:
 def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
     """Make the directory of a new run and record what it was asked to do."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = _new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
+    directory = new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
     (directory / "stages").mkdir()
     write_json(
         directory / "run.json",
@@ -131,16 +130,17 @@ def open_run(reference: str, profile: Profile | None, profile_overrides: Sequenc
     return Run(build_recipe(Document("run.json", record["recipe"])), profile, directory, progress)
 
 
-def _new_directory(parent: Path, name: str) -> Path:
+def new_directory(parent: Path, name: str) -> Path:
+    """Make a directory of this name, or with the first free number behind it; one that is there is never taken."""
     parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        directory = parent / (name if number == 1 else f"{name}-{number}")
+    directory, number = parent / name, 1
+    while True:
         try:
             directory.mkdir()
+            return directory
         except FileExistsError:
-            continue
-        return directory
-    raise AssertionError("counting does not end")
+            number += 1
+            directory = parent / f"{name}-{number}"
 
 
 def write_json(path: Path, value: object) -> None:

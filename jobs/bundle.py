@@ -113,7 +113,7 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle of `head(backbone(image))`; `manifest` gives classes, metrics and lineage.
 
-    The directory appears whole or not at all. One that is there already may be registered: it is never replaced.
+    The directory, new or empty, is filled at once or not at all; one that holds anything is never replaced.
     """
     import tensorflow as tf
 

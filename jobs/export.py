@@ -7,12 +7,11 @@ The winner from scratch is retrained and tested in the same way, so that the two
 """
 
 import hashlib
-import itertools
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointError
-from cluster.run import Run
+from cluster.run import Run, new_directory
 from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -40,7 +39,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     present = registry.find(run.recipe.name, "champion")
     shared = ray.put((training, held_out(run, "test")))
     resources = run.profile.trials
-    directory = _free_directory(run.storage / "bundles", run.name)
+    directory = new_directory(run.storage / "bundles", run.name)
     remote = ray.remote(num_cpus=resources.cpus_per_trial, num_gpus=resources.gpus_per_trial)
     retrain, evaluate = remote(_retrain), remote(_evaluate_bundle)
     limits = (resources.threads_per_trial, resources.gpus_per_trial)
@@ -156,13 +155,6 @@ def _evaluate_bundle(bundle: Bundle, shared: list[Any], threads: int, gpus: floa
         predicted = loaded.predict_pixels(test.images[start : start + 256])[0].argmax(axis=1)
         correct += int((predicted == test.labels[start : start + 256]).sum())
     return correct / len(test.labels)
-
-
-def _free_directory(parent: Path, name: str) -> Path:
-    """A name that no bundle has: one that is there may be registered."""
-    parent.mkdir(parents=True, exist_ok=True)
-    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-    return next(parent / candidate for candidate in names if not (parent / candidate).exists())
 
 
 def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
