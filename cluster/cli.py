@@ -56,16 +56,55 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(deploy, required=True)
     deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")
     deploy.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
-    predict = commands.add_parser("predict", help="send image files to an endpoint")
-    predict.add_argument("files", nargs="+", metavar="FILE")
-    predict.add_argument("--recipe", help="recipe whose serve section names the endpoint")
-    predict.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
-    predict.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
+    _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
     recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
     recipes.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
+
+
+def _add_predict(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "FILEs are sent to an endpoint. A whole source (--data) is labelled by the champion of a recipe's model, or by "
+        "--bundle, without an endpoint; the results are Parquet files below --output."
+    )
+    command.add_argument("files", nargs="*", metavar="FILE")
+    command.add_argument("--recipe", help="recipe whose serve section names the endpoint, or whose champion labels")
+    command.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
+    command.add_argument("--data", metavar="SOURCE", help="an image source, or the directory of an ingested data set")
+    command.add_argument("--output", metavar="URI", help="directory of the results; what is there is not done again")
+    command.add_argument("--bundle", metavar="DIR", help="label with this bundle instead of the registry's champion")
+    command.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all)")
+    command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "list": "one line for each data set of the workspace",
+        "show": "what a data set is; with --output, drawn",
+        "diff": "what has changed from data set A to B",
+        "verify": "check checksums, rows and ids of every shard",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        for word in {"list": (), "diff": ("A", "B")}.get(name, ("DATASET",)):
+            action.add_argument(
+                word.lower(), metavar=word, help="its name or fingerprint, or how they begin; or a path"
+            )
+        action.add_argument("overrides", nargs="*", metavar="section.key=value")
+        if name == "show":
+            action.add_argument("--output", metavar="DIR", help="write preview.html and its pictures as PNG there")
+            action.add_argument("--recipe", help="draw the augmentation of this recipe")
+        if name == "verify":
+            action.add_argument("--decode", action="store_true", help="decode every image, too")
+        action.add_argument(
+            "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
+        )
+        action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:
@@ -107,6 +146,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _recipes(arguments)
     if arguments.command == "predict":
         return _predict(arguments, output)
+    if arguments.command == "data":
+        return _data(arguments, output)
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -120,14 +161,82 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
 def _predict(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.recipe import load_recipe
 
+    if arguments.data is not None:
+        return _predict_data(arguments, output)
+    for name in ("output", "bundle", "split", "profile"):
+        if getattr(arguments, name) is not None:
+            raise HelioError(f"--{name} is of helio predict --data SOURCE: give --data, or leave --{name} out")
     overrides = [word for word in arguments.files if re.match(r"serve\.\w+=", word)]
     files = [word for word in arguments.files if word not in overrides]
     if not files:
-        raise HelioError("helio predict needs at least one image file")
+        raise HelioError("helio predict needs at least one image file, or --data SOURCE --output URI")
     recipe = load_recipe(arguments.recipe or "quickstart", overrides) if arguments.recipe or overrides else None
     code: int = catalog.load("serving.client:predict_command")(
         files, recipe, arguments.endpoint, arguments.json, output
     )
+    return code
+
+
+def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+    from cluster.recipe import build_recipe, load_recipe
+    from cluster.schema import Document
+
+    files = [word for word in arguments.files if not re.match(r"[\w.]+=", word)]
+    if files:
+        raise HelioError(f"helio predict takes image files or --data SOURCE, not both: got {files[0]} too")
+    if arguments.endpoint is not None:
+        raise HelioError("--endpoint is of helio predict FILE: --data is labelled without an endpoint")
+    if arguments.output is None:
+        raise HelioError("helio predict --data needs --output URI: the directory that the results are written to")
+    if (arguments.recipe is None) == (arguments.bundle is None):
+        raise HelioError(
+            "helio predict --data needs --recipe, whose champion labels the images, or --bundle, one of them"
+        )
+    arguments.overrides = arguments.files
+    profile, overrides = _profile(arguments)
+    if arguments.recipe:
+        recipe = load_recipe(arguments.recipe, overrides)
+    else:
+        document = Document("the command line", {"name": "predict"})
+        for override in overrides:
+            document.override(override, ["data"])
+        recipe = build_recipe(document)
+    code: int = catalog.load("jobs.predict:predict_command")(
+        recipe,
+        profile or load_profile("local"),
+        arguments.data,
+        arguments.output,
+        arguments.bundle,
+        arguments.split,
+        arguments.json,
+        output,
+    )
+    return code
+
+
+def _data(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+    from cluster.recipe import load_recipe
+
+    profile, overrides = _profile(arguments)
+    recipe = getattr(arguments, "recipe", None)
+    if overrides and not recipe:
+        takes = "needs --recipe for it" if arguments.action == "show" else "takes none but of the profile"
+        raise HelioError(f"{overrides[0]} is an override: helio data {arguments.action} {takes}")
+    storage = (profile or load_profile("local")).storage_path
+    options: dict[str, tuple[Any, ...]] = {
+        "list": (storage,),
+        "diff": (getattr(arguments, "a", None), getattr(arguments, "b", None), storage),
+        "verify": (getattr(arguments, "dataset", None), storage, getattr(arguments, "decode", None)),
+    }
+    if arguments.action == "show":
+        if recipe and not arguments.output:
+            raise HelioError("--recipe says which augmentation is drawn: give --output DIR, too")
+        loaded = load_recipe(recipe, overrides) if recipe else None
+        options["show"] = (arguments.dataset, storage, arguments.output, loaded)
+    command = catalog.load(f"jobs.datasets:{arguments.action}_command")
+    code: int = command(*options[arguments.action], arguments.json, output)
     return code
 
 

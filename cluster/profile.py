@@ -42,6 +42,11 @@ class DataResources(Section):
     cpus_per_task: float = Field(default=0.25, gt=0)
     tasks_per_worker: int = Field(default=2, ge=1)
     """How many of them run at once for each training worker."""
+    cache_gb: float = Field(default=2.0, ge=0)
+    """What each node keeps on its own disk of decoded images, GiB, in all; a training split that is larger once it is
+    decoded is read and decoded anew in each epoch. 0: none."""
+    cache_directory: str = ""
+    """Where; empty for a directory in the node's temporary directory."""
 
 
 class TrialResources(Section):
@@ -118,7 +123,7 @@ class Profile(Section):
         return {
             "ingest": (self.data.cpus_per_task, 0.0),
             "pretrain": (
-                train.workers * train.cpus_per_worker + self.data.cpus_per_task,
+                train.workers * (train.cpus_per_worker + self.data.tasks_per_worker * self.data.cpus_per_task),
                 float(train.workers * train.gpus_per_worker),
             ),
             "tune": (trials.concurrent * trials.cpus_per_trial, trials.concurrent * trials.gpus_per_trial),

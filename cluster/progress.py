@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Task:
     """One piece of work that is under way."""
 
-    def __init__(self, progress: "RunProgress", title: str, total: float, unit: str) -> None:
+    def __init__(self, progress: "RunProgress", title: str, total: float | None, unit: str) -> None:
         self._progress, self._title, self._total, self._unit = progress, title, total, unit
         self._started = self._told = time.monotonic()
         self._first: float | None = None
@@ -20,6 +20,7 @@ class Task:
 
     def update(self, done: float, **figures: float) -> None:
         """Tell that `done` of the total is done, with figures to show, as `loss=0.3`."""
+        total = float("inf") if self._total is None else self._total
         now = time.monotonic()
         if self._first is None:
             # Work that a resumed run finds done does not count for the rate.
@@ -31,10 +32,11 @@ class Task:
             self._progress.bars.update(
                 self._bar, completed=done, figures=f"{rate:,.0f} {self._unit}/s  {shown}" if rate else shown
             )
-        elif now - self._told >= self._progress.interval_s or done >= self._total:
+        elif now - self._told >= self._progress.interval_s or done >= total:
             self._told = now
-            left = f"{(self._total - done) / rate:,.0f} s left" if rate and done < self._total else ""
-            parts = [f"{done:,.0f}/{self._total:,.0f} {self._unit}", f"{rate:,.0f}/s" if rate else "", left, shown]
+            left = f"{(total - done) / rate:,.0f} s left" if rate and done < total < float("inf") else ""
+            count = f"{done:,.0f}" if self._total is None else f"{done:,.0f}/{total:,.0f}"
+            parts = [f"{count} {self._unit}", f"{rate:,.0f}/s" if rate else "", left, shown]
             self._progress.say(f"  {self._title}: " + "  ".join(part for part in parts if part))
 
 
@@ -55,8 +57,8 @@ class RunProgress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, title: str, total: float, unit: str) -> Iterator[Task]:
-        """Show a piece of work for the length of the block."""
+    def task(self, title: str, total: float | None, unit: str) -> Iterator[Task]:
+        """Show a piece of work for the length of the block; None: nobody knows yet how much it is."""
         if not self.console.is_terminal:
             yield Task(self, title, total, unit)
             return

@@ -29,7 +29,7 @@ STEP_LABEL = "step (optimizer updates)"
 LABEL_LENGTH = 18
 MAX_CONFUSIONS = 10
 
-_STYLE = {
+STYLE = {
     # Text stays text: it can be searched, and takes the font of the page.
     "svg.fonttype": "none",
     "svg.hashsalt": "helio",
@@ -110,11 +110,12 @@ def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
         waiting.set_xlabel(STEP_LABEL)
 
     dotted = "; dotted: where it went on after an interruption" if resumed else ""
+    labelled = result["knn_random"] is not None
     return [
-        _draw(f"Loss, mean of each epoch{dotted}", loss),
-        _draw("Learning rate at the end of each epoch", learning_rate),
-        _draw("kNN accuracy of the frozen features on validation images", knn),
-        _draw("Throughput of all workers, and the share of time in which they waited for images", throughput),
+        draw_chart(f"Loss, mean of each epoch{dotted}", loss),
+        draw_chart("Learning rate at the end of each epoch", learning_rate),
+        *([draw_chart("kNN accuracy of the frozen features on validation images", knn)] if labelled else []),
+        draw_chart("Throughput of all workers, and the share of time in which they waited for images", throughput),
     ]
 
 
@@ -156,7 +157,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
         lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
         _legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
 
-    return _draw("Best accuracy of each trial, in the order in which they began", paint)
+    return draw_chart("Best accuracy of each trial, in the order in which they began", paint)
 
 
 def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
@@ -181,7 +182,7 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
             states = [(state, GREY, "", state) for state in _MARKERS if state in ends]
             _legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
 
-        return _draw(f"Learning curves, {SEARCH_NAMES[name]}", paint)
+        return draw_chart(f"Learning curves, {SEARCH_NAMES[name]}", paint)
 
     return [chart(name, search) for name, search in searches.items()]
 
@@ -251,7 +252,7 @@ def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) 
         bar.set_label("share of the true class (%)")
         bar.outline.set_visible(False)
 
-    return _draw(
+    return draw_chart(
         f"Confusion matrix of {counts.sum():,} test images: the number in a cell counts images, blank is none",
         paint,
         (max(side, 2.4) + margin + 0.9, max(side, 1.8) + margin),
@@ -315,13 +316,13 @@ def _legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
     figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.6, columnspacing=1.2)
 
 
-def _draw(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.2, 2.9)) -> Chart:
+def draw_chart(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.2, 2.9)) -> Chart:
     """Let `paint` fill a figure and return it as an SVG element without anything that points out of the page."""
     import matplotlib
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # Matplotlib only measures text here; the browser has the letters that its own font lacks.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")

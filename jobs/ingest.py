@@ -1,223 +1,142 @@
-"""Ingest: a folder of images into a data set of Parquet shards.
+"""Ingest: an image source into a data set of Parquet shards.
 
     helio ingest cifar10 data.source=cifar10_train
     helio ingest quickstart
 
-Every file that is read is written or rejected with its reason. The same source, unchanged, is not read again.
-Two passes over the files, both on Ray Data: the first decodes each image to verify it and hashes its content; then the
-splits are drawn; the second writes each shard. Neither holds more than a block of images in memory.
+Every image that is read is written or rejected with its reason. Three steps, the first and the last on Ray Data over
+the whole cluster: each part of the source is read once, verified and laid aside (`jobs.data.spool`); one task plans
+which image goes where (`jobs.data.plan`); the shards are filled (`jobs.data.shards`). What is done is on disk under its
+name: killed at any moment, the next run goes on from there. The same source, unchanged, is not read again.
 """
 
+import datetime
+import fcntl
 import hashlib
 import shutil
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run, write_json
 from jobs.data.config import DataConfig
-from jobs.data.dataset import FORMAT, SCHEMA, SPLITS, Dataset
-from jobs.data.decode import decode_image
-from jobs.data.source import SourceFile, open_source, source_signature
+from jobs.data.dataset import FORMAT, Dataset
+from jobs.data.plan import Planned, plan_dataset
+from jobs.data.shards import write_shard
+from jobs.data.sources.contract import Source
+from jobs.data.sources.open import open_source
+from jobs.data.spool import SpooledPart, spool_part
 from jobs.data.tasks import run_tasks
 
-FILES_PER_TASK = 512
-
-
-@dataclass(frozen=True)
-class Image:
-    """What the first pass found out of a file that is an image."""
-
-    id: str
-    path: str
-    label: str
-    split: str | None
-    width: int
-    height: int
+SPOOL_FIELDS = {
+    "source",
+    "format",
+    "image_column",
+    "label_column",
+    "split_column",
+    "group_column",
+    "max_side",
+    "quality",
+    "strip_metadata",
+    "near_duplicates",
+}
+"""What the spool depends on."""
+PLAN_FIELDS = {"validation_fraction", "test_fraction", "rows_per_shard", "rows_per_group"}
+"""What the shards depend on besides."""
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
     """The source must be there and hold something. Raises DataError."""
-    open_source(recipe.section(DataConfig).source, profile.storage_path).check()
+    open_source(recipe.section(DataConfig), profile.storage_path).check()
 
 
 def run_stage(run: Run) -> dict[str, Any]:
     """Ingest the recipe's source, or find the data set that it was ingested to before."""
     config = run.recipe.section(DataConfig)
-    source = open_source(config.source, run.storage)
-    files = source.files()
-    directory = run.storage / "datasets" / f"{run.recipe.name}-{_key(config, run.recipe.seed, files)[:12]}"
-    reused = (directory / "manifest.json").exists()
-    if reused:
-        run.progress.say(f"  {len(files):,} files are unchanged since they were ingested")
-    else:
-        _ingest(run, config, source.root, files, directory)
-    dataset = Dataset.open(directory)
-    manifest = dataset.manifest
-    summary = {k: manifest[k] for k in ("fingerprint", "read", "written", "rejected", "classes", "counts")}
-    counts = ", ".join(f"{count:,} {split}" for split, count in manifest["counts"].items())
-    run.progress.say(
-        f"  {manifest['read']:,} files = {manifest['written']:,} images of {len(dataset.classes)} classes ({counts})"
-        f" + {manifest['rejected']:,} rejected"
-        + (f": see {directory / 'rejected.parquet'}" if manifest["rejected"] else "")
+    source = open_source(config, run.storage)
+    with _alone(run, config) as work:
+        directory = _unchanged(run, config, source)
+        reused = directory is not None
+        if directory is None:
+            directory = _ingest(run, config, source, work)
+        shutil.rmtree(work, ignore_errors=True)
+    manifest = Dataset.open(directory).manifest
+    _tell(run, manifest, directory, reused)
+    names = ("fingerprint", "task", "read", "written", "rejected", "classes", "counts", "near_duplicates")
+    return {"dataset": str(directory), "reused": reused, **{name: manifest[name] for name in names}}
+
+
+def _ingest(run: Run, config: DataConfig, source: Source, work: Path) -> Path:
+    parts = _spool(run, config, source, work)
+    keys = sorted({part.key for part in parts})
+    signature = _signature(keys)
+    key = hashlib.sha256(f"{_settings_key(run, config)}/{signature}".encode()).hexdigest()
+    directory = run.storage / "datasets" / f"{run.recipe.name}-{key[:12]}"
+    plan, target = work / f"plan-{key[:12]}", work / f"set-{key[:12]}"
+    seed, multi_label = run.recipe.seed, source.multi_label
+    (planned,) = run_tasks(
+        lambda _: plan_dataset(work, keys, config, seed, multi_label, plan), lambda: [None], run.profile.data
     )
-    return {"dataset": str(directory), "reused": reused, **summary}
-
-
-def _ingest(run: Run, config: DataConfig, root: Path, files: list[SourceFile], directory: Path) -> None:
-    images, rejected = _verify(run, root, files)
-    classes = _check_classes(images, rejected, len(files))
-    splits = _split(images, config, run.recipe.seed)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shards = _write_shards(run, config, root, splits, classes, partial)
-    lines = sorted(f"{image.id} {image.label} {split}" for split, part in splits.items() for image in part)
     manifest = {
         "format": FORMAT,
-        "classes": classes,
-        "counts": {split: len(splits[split]) for split in SPLITS},
-        "class_counts": {
-            split: {name: Counter(i.label for i in splits[split])[name] for name in classes} for split in SPLITS
+        "name": run.recipe.name,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "helio": metadata.version("helio"),
+        "parent": _newest(run),
+        "source": {
+            "reference": config.source,
+            "format": config.format,
+            "signature": signature,
+            "multi_label": multi_label,
         },
-        "read": len(files),
-        "written": len(images),
-        "rejected": len(rejected),
-        "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-        "seed": run.recipe.seed,
+        "recipe": {"name": run.recipe.name, "seed": seed, "digest": run.recipe.digest},
+        "settings": _settings_key(run, config),
         "config": config.model_dump(),
-        "shards": shards,
+        **planned.manifest,
+        "shards": _fill(run, config, planned, work, keys, plan, target),
     }
-    pq.write_table(
-        pa.Table.from_pylist(rejected, pa.schema([("source", pa.string()), ("reason", pa.string())])),
-        partial / "rejected.parquet",
-    )
-    write_json(partial / "manifest.json", manifest)
+    if manifest["read"] != manifest["written"] + manifest["rejected"]:
+        raise RuntimeError("read = written + rejected does not hold: {read}, {written}, {rejected}".format(**manifest))
+    for name in ("rejected.parquet", "near_duplicates.parquet"):
+        shutil.copy(plan / name, target / name)
+    for record in target.glob("*/*.json"):
+        record.unlink()
+    write_json(target / "manifest.json", manifest)
     shutil.rmtree(directory, ignore_errors=True)
-    partial.replace(directory)
+    target.replace(directory)
+    return directory
 
 
-def _verify(run: Run, root: Path, files: list[SourceFile]) -> tuple[list[Image], list[dict[str, str]]]:
-    """First pass: which files are images, each content once. Nothing of a file but its description comes back."""
-    chunks = [files[i : i + FILES_PER_TASK] for i in range(0, len(files), FILES_PER_TASK)]
-    items = [[asdict(file) for file in chunk] for chunk in chunks]
-    images: list[Image] = []
-    rejected: list[dict[str, str]] = []
-    first: dict[str, Image] = {}
-    with run.progress.task("verify", len(files), "files") as task:
-        done = 0
-        for rows in run_tasks(lambda item: _verify_files(str(root), item), items, run.profile.data):
-            for row in rows:
-                reason = row.pop("reason")
-                if reason is None:
-                    image = Image(**row)
-                    twin = first.setdefault(image.id, image)
-                    if twin is not image:
-                        other = "" if twin.label == image.label else f", there as {twin.label}"
-                        reason = f"same content as {twin.path}{other}"
-                    else:
-                        images.append(image)
-                if reason is not None:
-                    rejected.append({"source": row["path"], "reason": reason})
-            done += len(rows)
-            task.update(done, rejected=len(rejected))
-    return images, rejected
+def _spool(run: Run, config: DataConfig, source: Source, work: Path) -> list[SpooledPart]:
+    """First pass. The source is listed by a task while others read what is listed already."""
+    (work / "spool").mkdir(parents=True, exist_ok=True)
+    for leftover in (work / "spool").glob(".*"):
+        leftover.unlink()
+    parts: list[SpooledPart] = []
+    read = rejected = 0
+    with run.progress.task("verify", None, "images") as task:
+        for part in run_tasks(lambda part: spool_part(work, part, config), source.parts, run.profile.data):
+            parts.append(part)
+            read, rejected = read + part.read, rejected + part.rejected
+            task.update(read, rejected=rejected)
+    return parts
 
 
-def _verify_files(root: str, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for file in files:
-        row = {"id": "", "path": file["path"], "label": file["label"], "split": file["split"], "width": 0, "height": 0}
-        reason = None
-        try:
-            if file["fault"] is not None:
-                raise DataError(file["fault"])
-            data = Path(root, file["path"]).read_bytes()
-            height, width = decode_image(data).shape[:2]
-            row |= {"id": hashlib.sha256(data).hexdigest()[:32], "width": width, "height": height}
-        except DataError as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"cannot be read: {error.strerror}"
-        found.append({**row, "reason": reason})
-    return found
-
-
-def _check_classes(images: list[Image], rejected: list[dict[str, str]], read: int) -> list[str]:
-    if not images:
-        raise DataError(
-            f"none of the {read} files is an image that can be decoded, the first: {rejected[0]['source']}: "
-            f"{rejected[0]['reason']}"
-        )
-    counts = Counter(image.label for image in images)
-    if len(counts) < 2:
-        raise DataError(f"data.source needs at least 2 class folders with images, got 1 ({next(iter(counts))})")
-    for name, count in sorted(counts.items()):
-        if count < 3:
-            raise DataError(
-                f"class {name} has {count} image{'s' if count > 1 else ''}: each class needs 3, one for each of "
-                f"{', '.join(SPLITS)}: add images or remove the folder"
-            )
-    return sorted(counts)
-
-
-def _split(images: list[Image], config: DataConfig, seed: int) -> dict[str, list[Image]]:
-    """Draw the splits, class by class, in an order that is a function of content and seed.
-
-    Raises DataError when a split that the source brings lacks a class that has none to give.
-    """
-    splits: dict[str, list[Image]] = {split: [] for split in SPLITS}
-    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
-    brought = {image.split for image in images} - {None}
-    by_class: dict[str, list[Image]] = defaultdict(list)
-    for image in images:
-        if image.split in ("validation", "test"):
-            splits[image.split].append(image)
-        else:
-            by_class[image.label].append(image)
-    for members in by_class.values():
-        members.sort(key=lambda image: hashlib.sha256(f"{seed}/{image.id}".encode()).digest())
-        total = len(members)
-        for split, fraction in fractions.items():
-            if split not in brought:
-                count = max(1, round(total * fraction))
-                splits[split] += members[:count]
-                del members[:count]
-        splits["train"] += members
-    missing = {i.label for i in images} - {i.label for i in splits["train"]}
-    if missing:
-        raise DataError(f"class {min(missing)} has no training image: the source's own splits leave it none")
-    for part in splits.values():
-        # Shards are mixed over the classes, so that any run of rows is a fair sample.
-        part.sort(key=lambda image: hashlib.sha256(f"{seed}/order/{image.id}".encode()).digest())
-    return splits
-
-
-def _write_shards(
-    run: Run, config: DataConfig, root: Path, splits: dict[str, list[Image]], classes: list[str], directory: Path
+def _fill(
+    run: Run, config: DataConfig, planned: Planned, work: Path, keys: list[str], plan: Path, target: Path
 ) -> list[dict[str, Any]]:
-    """Second pass: read each shard's files and write it. Returns the manifest's description of the shards."""
-    items = []
-    for split, part in splits.items():
-        (directory / split).mkdir(parents=True)
-        for number, start in enumerate(range(0, len(part), config.rows_per_shard)):
-            members = [asdict(image) for image in part[start : start + config.rows_per_shard]]
-            items.append({"split": split, "path": f"{split}/{number:05}.parquet", "images": members})
-    index = {name: number for number, name in enumerate(classes)}
-    rows_per_group = config.rows_per_group
-    shards = []
-    total = sum(len(part) for part in splits.values())
-    with run.progress.task("write", total, "images") as task:
-        done = 0
+    """Second pass. Returns the manifest's description of the shards, in order."""
+    shards, done = [], 0
+    target.mkdir(exist_ok=True)
+    with run.progress.task("write", planned.manifest["written"], "images") as task:
         for shard in run_tasks(
-            lambda item: _write_shard(str(root), str(directory), item, index, rows_per_group), items, run.profile.data
+            lambda path: write_shard(work / "spool", keys, plan, path, target, config),
+            lambda: [path for path, _ in planned.shards],
+            run.profile.data,
         ):
             shards.append(shard)
             done += shard["rows"]
@@ -225,39 +144,75 @@ def _write_shards(
     return shards
 
 
-def _write_shard(
-    root: str, directory: str, item: dict[str, Any], index: dict[str, int], rows_per_group: int
-) -> dict[str, Any]:
-    images = item["images"]
-    contents = []
-    for image in images:
-        data = Path(root, image["path"]).read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] != image["id"]:
-            raise DataError(f"{image['path']} changed while it was ingested: run ingest again")
-        contents.append(data)
-    table = pa.table(
-        {
-            "id": [image["id"] for image in images],
-            "image": contents,
-            "label": np.array([index[image["label"]] for image in images], np.int32),
-            "width": np.array([image["width"] for image in images], np.int32),
-            "height": np.array([image["height"] for image in images], np.int32),
-            "source": [image["path"] for image in images],
-        },
-        schema=SCHEMA,
-    )
-    path = Path(directory, item["path"])
-    # Encoded images do not compress; uncompressed, a row group is read at the speed of memory.
-    pq.write_table(table, path, row_group_size=rows_per_group, compression="NONE", use_dictionary=False)
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    groups = [min(rows_per_group, len(images) - start) for start in range(0, len(images), rows_per_group)]
-    return {"split": item["split"], "path": item["path"], "rows": len(images), "row_groups": groups, "sha256": checksum}
+def _unchanged(run: Run, config: DataConfig, source: Source) -> Path | None:
+    """The data set that this very source was ingested to with these settings, if there is one."""
+    settings = _settings_key(run, config)
+    made = {d: m for d, m in _manifests(run).items() if m.get("settings") == settings}
+    if not made:
+        return None
+    # Listed here, part by part, and none of them kept: it takes seconds for a million files.
+    signature = _signature({part.key for part in source.parts()})
+    return next((d for d, m in made.items() if m["source"]["signature"] == signature), None)
 
 
-def _key(config: DataConfig, seed: int, files: list[SourceFile]) -> str:
-    """What a data set depends on: the source as it lies there, the seed, and the settings of ingest."""
-    used = config.model_dump(
-        include={"source", "validation_fraction", "test_fraction", "rows_per_shard", "rows_per_group"}
+def _signature(keys: Iterable[str]) -> str:
+    """What the source held, whatever the order in which it was listed."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+
+
+def _newest(run: Run) -> dict[str, str] | None:
+    """The data set of this name that was made last: the parent of the next."""
+    made = sorted(_manifests(run).items(), key=lambda item: item[1]["created"])
+    return {"directory": made[-1][0].name, "fingerprint": made[-1][1]["fingerprint"]} if made else None
+
+
+def _manifests(run: Run) -> dict[Path, dict[str, Any]]:
+    """The data sets of the recipe's name in this storage with their manifests."""
+    found = {}
+    for path in sorted((run.storage / "datasets").glob(f"{run.recipe.name}-*/manifest.json")):
+        try:
+            manifest = Dataset.open(path.parent).manifest
+        except DataError:
+            # Of an older format, or damaged: nothing to go on from. `helio data list` names it.
+            continue
+        if manifest["name"] == run.recipe.name:
+            found[path.parent] = manifest
+    return found
+
+
+@contextmanager
+def _alone(run: Run, config: DataConfig) -> Iterator[Path]:
+    """The work directory of this source and these settings; a second ingest of them waits for the first."""
+    fields = sorted(config.model_dump(include=SPOOL_FIELDS).items())
+    key = hashlib.sha256(f"{FORMAT}/{fields}".encode()).hexdigest()[:12]
+    work = run.storage / "datasets" / f".ingest-{run.recipe.name}-{key}"
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with work.with_name(f"{work.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            run.progress.say("  waiting for another ingest of the same source")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield work
+
+
+def _settings_key(run: Run, config: DataConfig) -> str:
+    """What a data set depends on besides its source's content: the seed and the settings of ingest."""
+    used = sorted(config.model_dump(include=SPOOL_FIELDS | PLAN_FIELDS).items())
+    return hashlib.sha256(f"{FORMAT}/{run.recipe.seed}/{used}".encode()).hexdigest()
+
+
+def _tell(run: Run, manifest: dict[str, Any], directory: Path, reused: bool) -> None:
+    if reused:
+        run.progress.say(f"  {manifest['read']:,} images are unchanged since they were ingested")
+    counts = ", ".join(f"{count:,} {split}" for split, count in manifest["counts"].items())
+    classes = f" of {len(manifest['classes'])} classes" if manifest["classes"] else ""
+    run.progress.say(
+        f"  {manifest['read']:,} read = {manifest['written']:,} written{classes} ({counts})"
+        f" + {manifest['rejected']:,} rejected"
+        + (f": see {directory / 'rejected.parquet'}" if manifest["rejected"] else "")
     )
-    return hashlib.sha256(f"{FORMAT}/{seed}/{sorted(used.items())}/{source_signature(files)}".encode()).hexdigest()
+    near = manifest["near_duplicates"]
+    if near["crossing"]:
+        what = f"{near['moved']:,} images moved to keep them on one side" if near["moved"] else "left as they are"
+        run.progress.say(f"  {near['crossing']:,} groups of near-duplicates cross the splits: {what}")

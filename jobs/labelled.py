@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.errors import DataError
 from cluster.run import Run
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -14,15 +15,20 @@ from jobs.training.finetune import LabelledImages
 def labelled_subset(run: Run) -> LabelledImages:
     """The recipe's share of the training split with labels, the same rows for the search and for the baseline."""
     dataset = Dataset.open(run.require("ingest")["dataset"])
+    if dataset.manifest["task"] != "single-label":
+        raise DataError(
+            f"fine-tuning needs one label for each image, the data set is {dataset.manifest['task']}: name the labels "
+            "(data.label_column), or end with `helio pretrain`"
+        )
     labels = dataset.labels("train")
-    count = round(run.recipe.section(FinetuneConfig).labels_fraction * len(labels))
+    count = round(run.recipe.section(FinetuneConfig).labels_fraction * int(np.sum(labels >= 0)))
     return _decode(run, dataset, "train", stratified_rows(labels, count, run.recipe.seed))
 
 
 def held_out(run: Run, split: str, image_size: int | None = None) -> LabelledImages:
-    """A whole held-out split, at the recipe's image size or another."""
+    """The labelled images of a whole held-out split, at the recipe's image size or another."""
     dataset = Dataset.open(run.require("ingest")["dataset"])
-    return _decode(run, dataset, split, np.arange(dataset.count(split), dtype=np.int64), image_size)
+    return _decode(run, dataset, split, np.flatnonzero(dataset.labels(split) >= 0), image_size)
 
 
 def _decode(

@@ -9,7 +9,7 @@ what each of them runs. A run that is resumed goes on from its last checkpoint.
 
 from typing import Any
 
-from cluster.errors import HelioError
+from cluster.errors import DataError, HelioError
 from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
@@ -46,24 +46,29 @@ def run_stage(run: Run) -> dict[str, Any]:
             f"pretrain.global_batch_size must not exceed the {dataset.count('train'):,} training images, got "
             f"{config.global_batch_size:,}: a batch would hold copies of one image"
         )
+    if config.method == "supervised" and dataset.manifest["task"] != "single-label":
+        raise DataError(
+            f"pretrain.method=supervised needs one label for each image, the data set is {dataset.manifest['task']}: "
+            "name the labels (data.label_column), or take a method that needs none"
+        )
     with Tracker(run) as tracker:
         checkpoint, weights_sha256 = _train(run, config, dataset, tracker)
     state = checkpoint.state
     last = state.history[-1]
-    run.progress.say(
-        f"  {state.step:,} steps on {resources.workers} workers: kNN {last['knn_accuracy']:.1%}, random backbone "
-        f"{state.knn_random:.1%}"
-    )
+    probe = "no labels to probe it by"
+    if state.knn_random is not None:
+        probe = f"kNN {last['knn_accuracy']:.1%}, random backbone {state.knn_random:.1%}"
+    run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
         "method": config.method,
         "workers": resources.workers,
         "steps": state.step,
         "weights_sha256": weights_sha256,
-        "knn_pretrained": last["knn_accuracy"],
+        "knn_pretrained": last.get("knn_accuracy"),
         "knn_random": state.knn_random,
         "images_per_second": last["images_per_second"],
-        "data_wait_share": last["data_wait_share"],
+        **{name: last[name] for name in ("data_wait_share", "bytes_read", "cache_hit_share", "corrupt_images")},
         "resumed_from_steps": state.resumed_from,
         "history": state.history,
     }
@@ -80,13 +85,15 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
     resources = run.profile.train
     order = training_order(dataset, run.recipe.section(DataConfig), run.recipe.seed, config.global_batch_size)
     steps = total_steps(order, config)
-    diverged: list[int] = []
+    stopped: list[Event] = []
     with run.progress.task("pre-train", steps * config.global_batch_size, "images") as task:
 
         def handle(event: Event) -> None:
             kind, step = event.pop("kind"), event.pop("step")
-            if kind == "diverged":
-                diverged.append(step)
+            if kind in ("diverged", "corrupt"):
+                stopped.append({"kind": kind, "step": step, **event})
+            elif kind == "corrupt_image":
+                run.progress.say(f"  image {event['text']}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
@@ -117,9 +124,15 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "
                     f"{_last_line(error)}"
                 ) from error
-    if diverged:
+    if stopped and stopped[0]["kind"] == "corrupt":
+        raise DataError(
+            f"{stopped[0]['count']:,} images of the epoch that ended at step {stopped[0]['step']:,} cannot be decoded, "
+            f"more than data.max_corrupt_share allows ({run.recipe.section(DataConfig).max_corrupt_share:g}): "
+            f"`helio data verify {dataset.directory}` lists what is damaged"
+        )
+    if stopped:
         raise HelioError(
-            f"the loss was no longer a number at step {diverged[0]}: lower pretrain.learning_rate "
+            f"the loss was no longer a number at step {stopped[0]['step']}: lower pretrain.learning_rate "
             f"({config.learning_rate:g}) or raise pretrain.warmup_steps ({config.warmup_steps})"
         )
     if result.metrics is None or result.metrics["step"] != steps:

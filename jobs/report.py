@@ -19,7 +19,7 @@ from jobs.results import alias, points, searches
 
 MAX_EXAMPLES = 60
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --text: #1b1d21; --soft: #5b616b; --page: #f5f6f7; --card: #fff; --line: #dcdfe3;
   --chart: #fff; --blue: #0072b2; --wrong: #c44d00; --mark: #e6f1f8 }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #a3a9b3; --page: #15171a; --card: #1e2125;
@@ -77,7 +77,7 @@ def write_report(run: Run) -> Path:
     recipe = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False, allow_unicode=True)
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(run.name)}</title><style>{_CSS}</style></head><body>
+<title>{escape(run.name)}</title><style>{CSS}</style></head><body>
 <h1>{escape(run.name)}</h1><p>{escape(run.recipe.header.description)}</p><nav>{links}</nav>
 {bodies}
 <details><summary>Recipe, every default written out</summary><pre>{escape(recipe)}</pre></details>
@@ -103,7 +103,7 @@ def _headlines(run: Run) -> str:
                 ("Test accuracy, from scratch", f"{export['accuracy_scratch']:.1%}", "same search, same images"),
                 ("Gain from pre-training", difference, one),
             ]
-    if pretrain:
+    if pretrain and pretrain["knn_pretrained"] is not None:
         random = pretrain["knn_random"]
         note = f"random backbone {random:.1%}, {points(pretrain['knn_pretrained'], random)}"
         tiles += [("kNN accuracy, pre-trained", f"{pretrain['knn_pretrained']:.1%}", note)]
@@ -128,7 +128,7 @@ def _pretraining(run: Run) -> str:
     went_on = ", ".join(f"{step:,}" for step in result["resumed_from_steps"])
     line = f"{result['method']}, {result['steps']:,} steps on {result['workers']} workers"
     line += f", went on from the checkpoints of steps {went_on}" if went_on else ""
-    return f"<p>{escape(line)}</p>{_figures(charts.pretraining_charts(result))}"
+    return f"<p>{escape(line)}</p>{figures(charts.pretraining_charts(result))}"
 
 
 def _search(run: Run) -> str:
@@ -147,9 +147,9 @@ def _search(run: Run) -> str:
         )
     return (
         "".join(f"<p>{escape(line)}</p>" for line in lines)
-        + _figures([charts.search_chart(found)])
-        + _figures(charts.learning_curves(found))
-        + _table(charts.trials_sheet(found))
+        + figures([charts.search_chart(found)])
+        + figures(charts.learning_curves(found))
+        + sheet_table(charts.trials_sheet(found))
     )
 
 
@@ -159,7 +159,7 @@ def _test(run: Run) -> str:
         return ""
     results = (export["confusion"], export["classes"])
     kind = "matrix" if len(export["classes"]) <= 12 else "large"
-    return _figures([charts.confusion_chart(*results)], kind) + _table(charts.confused_classes(*results))
+    return figures([charts.confusion_chart(*results)], kind) + sheet_table(charts.confused_classes(*results))
 
 
 def _answers(run: Run) -> str:
@@ -232,12 +232,12 @@ def _lineage(run: Run) -> str:
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in entries) + "</dl>"
 
 
-def _figures(drawn: Iterable[charts.Chart], kind: str = "grid") -> str:
+def figures(drawn: Iterable[charts.Chart], kind: str = "grid") -> str:
     bodies = (f"<figure><figcaption>{escape(c.caption)}</figcaption><div>{c.svg}</div></figure>" for c in drawn)
     return f'<div class="{kind}">{"".join(bodies)}</div>'
 
 
-def _table(sheet: charts.Sheet) -> str:
+def sheet_table(sheet: charts.Sheet) -> str:
     if not sheet.rows:
         return ""
     numeric = [all(cell[:1] in "+-0123456789" for cell in column) for column in zip(*sheet.rows, strict=True)]

@@ -55,7 +55,7 @@ def _accuracies(run: Run) -> Table | None:
     if export:
         scratch = export["accuracy_scratch"]
         rows.append((f"test, {export['test_images']:,} images", export["accuracy_pretrained"], scratch, "from scratch"))
-    if pretrain:
+    if pretrain and pretrain["knn_pretrained"] is not None:
         rows.append(("kNN, validation images", pretrain["knn_pretrained"], pretrain["knn_random"], "random backbone"))
     table = Table("accuracy", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("pre-trained", "compared with", "difference"):

@@ -43,9 +43,11 @@ def ray_cluster(environment: None) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's handwritten digits as a folder tree of PNG files, one folder a class."""
-    from jobs.data.source import open_source
+    from jobs.data.config import DataConfig
+    from jobs.data.sources.open import open_source
 
-    return open_source("sample:digits", tmp_path_factory.mktemp("samples")).root
+    source = open_source(DataConfig(source="sample:digits"), tmp_path_factory.mktemp("samples"))
+    return Path(str(source.root))
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,20 @@
-"""An ingested data set: Parquet shards by split, their manifest, and what was rejected.
+"""An ingested data set: Parquet shards by split, their manifest, what was rejected, and what looks alike.
 
     <data set>/
-        manifest.json       classes, splits, shards with rows and checksums, fingerprint
-        rejected.parquet    source, reason
-        <split>/00000.parquet …   id, image (encoded bytes), label (int32), width, height, source
+        manifest.json            classes, splits, shards with rows and checksums, fingerprint, parent, source, recipe
+        rejected.parquet         source, reason
+        near_duplicates.parquet  cluster, id, source, split, moved_from
+        <split>/00000.parquet …  the columns of SCHEMA
 
 A row is addressed by its position in its split, 0 to count - 1, in the order of the shards.
 """
 
-import collections
+import hashlib
 import json
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +22,39 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.errors import DataError
+from jobs.data.cache import DiskCache, RowGroupCache
+from jobs.data.decode import Pixels
 
 SPLITS = ("train", "validation", "test")
-FORMAT = 1
+FORMAT = 2
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
-        ("image", pa.binary()),
-        ("label", pa.int32()),
-        ("width", pa.int32()),
+        ("id", pa.string()),  # SHA-256 of `image`, 32 hexadecimal digits
+        ("image", pa.binary()),  # encoded
+        ("label", pa.int32()),  # -1 where there is none, or several
+        ("labels", pa.list_(pa.int32())),  # all of them
+        ("width", pa.int32()),  # pixels, upright
         ("height", pa.int32()),
-        ("source", pa.string()),
+        ("source", pa.string()),  # name inside the source
+        ("group", pa.string()),  # null where the source has no groups
     ]
 )
-CACHE_BYTES = 256 * 2**20
-"""Row groups that one process keeps in memory."""
-
+REJECTED_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string())])
+NEAR_DUPLICATES_SCHEMA = pa.schema(
+    [
+        ("cluster", pa.int64()),
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("split", pa.string()),
+        ("moved_from", pa.string()),  # the split that the image would be in by itself; null where it is the same
+    ]
+)
 Rows = NDArray[np.int64]
+
+
+def image_id(data: bytes) -> str:
+    """The identity of an image: the first 32 hexadecimal digits of the SHA-256 of its bytes."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,15 @@ class RowGroup:
     group: int
     start: int
     rows: int
+
+
+class Picked(NamedTuple):
+    """Single rows of a data set."""
+
+    ids: list[str]
+    labels: NDArray[np.int32]
+    images: list[Pixels | bytes]
+    """Pixels where a cache holds them decoded, else encoded bytes."""
 
 
 class Dataset:
@@ -66,10 +91,16 @@ class Dataset:
         directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(f"{directory} is no data set: it has no manifest.json (`helio ingest` makes one)") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory}: manifest.json cannot be read: {error}: ingest it again") from None
+        if not isinstance(manifest, dict):
+            raise DataError(f"{directory}: manifest.json is no description of a data set: ingest it again")
         if manifest.get("format") != FORMAT:
-            raise DataError(f"{directory}: data set format {manifest.get('format')!r}, this helio reads {FORMAT}")
+            raise DataError(
+                f"{directory}: data set format {manifest.get('format')!r}, this helio reads {FORMAT}: ingest it again"
+            )
         return cls(directory, manifest)
 
     @property
@@ -99,8 +130,49 @@ class Dataset:
         ]
         return np.concatenate([np.zeros(0, np.int32), *(t.column("label").to_numpy() for t in tables)]).astype(np.int32)
 
+    def bytes(self, split: str) -> int:
+        """Size of a split's shards."""
+        return sum(shard["bytes"] for shard in self.manifest["shards"] if shard["split"] == split)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the checksums of the shards: these very bytes, in this order."""
+        return hashlib.sha256("".join(shard["sha256"] for shard in self.manifest["shards"]).encode()).hexdigest()
+
+    def decoded_bytes(self, split: str) -> int:
+        """Size of a split's images once they are decoded."""
+        return sum(3 * shard["pixels"] for shard in self.manifest["shards"] if shard["split"] == split)
+
+    def neighbors(self, split: str, rows: Rows) -> tuple[Rows, Rows]:
+        """For each row, the first row of its row group and the rows of that group, both int64 [n]."""
+        starts = self._starts[split]
+        ends = np.append(starts[1:], self.count(split))
+        index = np.searchsorted(starts, rows, side="right") - 1
+        return starts[index], (ends - starts)[index]
+
+    def pick(self, split: str, rows: Rows, disk: DiskCache | None) -> "Picked":
+        """What augmentation wants of rows of a split, in the order asked for, through `disk` where there is one.
+
+        Raises DataError when a shard is missing or damaged.
+        """
+        numbers = np.searchsorted(self._starts[split], rows, side="right") - 1
+        places = (rows - self._starts[split][numbers]).tolist()
+        groups = {}
+        for number in np.unique(numbers).tolist():
+            described = self._groups[split][number]
+            groups[number] = row_groups.get(self.directory / described.path, described.group, disk)
+        found = [(groups[number], place) for number, place in zip(numbers.tolist(), places, strict=True)]
+        return Picked(
+            [group.ids[place] for group, place in found],
+            np.array([group.labels[place] for group, place in found], np.int32),
+            [group.image(place) for group, place in found],
+        )
+
     def read(self, split: str, rows: Sequence[int] | Rows, columns: Sequence[str]) -> pa.Table:
-        """Rows of a split by position, in the order asked for; row groups come from this process's cache."""
+        """Rows of a split by position, in the order asked for; row groups come from this process's cache.
+
+        Raises DataError when a shard is missing or damaged.
+        """
         wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         groups = self._groups[split]
@@ -108,7 +180,7 @@ class Dataset:
         parts = []
         for number in np.unique(index):
             group = groups[int(number)]
-            table = _cache.get(self.directory / group.path, group.group).select(list(columns))
+            table = row_groups.get(self.directory / group.path, group.group, None).table.select(list(columns))
             parts.append(table.take(wanted[order][index == number] - group.start))
         if not parts:
             return SCHEMA.empty_table().select(list(columns))
@@ -128,31 +200,5 @@ class Dataset:
         return found
 
 
-class _RowGroupCache:
-    """Row groups read last, up to CACHE_BYTES."""
-
-    def __init__(self) -> None:
-        self._tables: collections.OrderedDict[tuple[Path, int], pa.Table] = collections.OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, path: Path, group: int) -> pa.Table:
-        key = (path, group)
-        with self._lock:
-            if key in self._tables:
-                self._tables.move_to_end(key)
-                return self._tables[key]
-        with pq.ParquetFile(path) as file:
-            table = file.read_row_group(group)
-        with self._lock:
-            if key in self._tables:
-                # Another thread read it meanwhile.
-                return self._tables[key]
-            self._tables[key] = table
-            self._bytes += table.nbytes
-            while self._bytes > CACHE_BYTES and len(self._tables) > 1:
-                self._bytes -= self._tables.popitem(last=False)[1].nbytes
-        return table
-
-
-_cache = _RowGroupCache()
+row_groups = RowGroupCache()
+"""Those that this process read last, of whatever data set."""

@@ -27,11 +27,16 @@ class Method(Protocol):
     """Trained with the backbone and left behind after pre-training."""
 
     def loss(
-        self, embedding: "tf.Tensor", labels: "tf.Tensor", gather: "Callable[[tf.Tensor], tf.Tensor]", rank: "tf.Tensor"
+        self,
+        embedding: "tf.Tensor",
+        targets: "tf.Tensor",
+        gather: "Callable[[tf.Tensor], tf.Tensor]",
+        rank: "tf.Tensor",
     ) -> "tf.Tensor":
         """This worker's share of the global loss, a scalar.
 
-        `embedding` is float32 [batch × views, dimension], the views of an image side by side; `labels` int32 [batch];
+        `embedding` is float32 [batch × views, dimension], the views of an image side by side; `targets` float32
+        [batch, classes], what a classifier is to answer, zeros for an image without label;
         `gather` concatenates a tensor over the workers in the order of their ranks, with gradients.
         """
         ...

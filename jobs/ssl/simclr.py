@@ -31,7 +31,7 @@ class SimCLR:
         )
 
     def loss(
-        self, embedding: tf.Tensor, labels: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+        self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
     ) -> tf.Tensor:
         """See `Method.loss`."""
         z = tf.math.l2_normalize(self.head(embedding, training=True), axis=-1)

@@ -9,7 +9,7 @@ from jobs.training.config import PretrainConfig
 
 
 class Supervised:
-    """Mean cross-entropy over the global batch, -log softmax(W h + b)[label]."""
+    """Mean cross-entropy over the global batch, -sum(target * log softmax(W h + b))."""
 
     views = 1
 
@@ -20,9 +20,9 @@ class Supervised:
         )
 
     def loss(
-        self, embedding: tf.Tensor, labels: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+        self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
     ) -> tf.Tensor:
         """See `Method.loss`."""
         logits = self.head(embedding, training=True)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
         return tf.reduce_sum(losses) / self._global_batch_size

@@ -39,7 +39,7 @@ class State:
     global_batch_size: int
     fingerprint: str
     """Of the data set."""
-    knn_random: float
+    knn_random: float | None
     """kNN accuracy of the untrained backbone."""
     history: list[dict[str, float]]
     """Figures at the end of each epoch so far."""

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.schema import Section
 from jobs.data.config import AugmentConfig
@@ -42,6 +42,14 @@ class PretrainConfig(Section):
     knn_train_images: int = Field(default=2000, ge=10)
     knn_test_images: int = Field(default=1000, ge=10)
     """Training images in the probe's memory, and validation images that it labels."""
+
+    @model_validator(mode="after")
+    def _only_labels_can_be_mixed(self) -> "PretrainConfig":
+        if self.augment.mixes and self.method != "supervised":
+            raise ValueError(
+                f"augment.mixup and augment.cutmix mix labels, which method {self.method} does not use: set both to 0"
+            )
+        return self
 
 
 def total_steps(order: "Order", config: PretrainConfig) -> int:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.data.augment import augment_batch
+from jobs.data.augment import augment_batch, draw
 from jobs.data.config import AugmentConfig
+from jobs.data.mix import mix, mix_share, partner
 from jobs.model.backbone import build_backbone, freeze
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, assign
@@ -110,9 +111,9 @@ def finetune(
     # A frozen backbone keeps its statistics too; one in training mode would still move them.
     training = config.unfrozen_stages != 0
 
-    def loss(images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    def loss(images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
         embedding = backbone(images, training=training)
-        target = tf.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
+        target = targets * (1 - smoothing) + smoothing / classes
         return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, head(embedding, training=True)))
 
     step = make_step(tf.distribute.get_strategy(), loss, optimizer, variables)
@@ -133,6 +134,17 @@ def _batch(
 ) -> "tuple[keras.KerasTensor, keras.KerasTensor]":
     import tensorflow as tf
 
-    ids = [data.ids[row] for row in rows]
-    images = augment_batch(data.images[rows], ids, start.image_size, augment, start.seed, epoch)
-    return tf.constant(images), tf.constant(data.labels[rows])
+    def view(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        ids = [data.ids[row] for row in rows]
+        return augment_batch(data.images[rows], ids, start.image_size, augment, start.seed, epoch)
+
+    images = view(rows)
+    targets = np.eye(start.classes, dtype=np.float32)[data.labels[rows]]
+    if augment.mixes:
+        draws = draw(start.seed, epoch, [data.ids[row] for row in rows], 0)
+        others = np.array([partner(row, len(data.ids)) for row in draws])
+        for number, other in enumerate(view(others)):
+            images[number], share = mix(images[number], other, mix_share(augment, draws[number]))
+            targets[number] *= share
+            targets[number, data.labels[others[number]]] += 1 - share
+    return tf.constant(images), tf.constant(targets)

@@ -17,9 +17,9 @@ import tensorflow as tf
 from cluster.profile import DataResources, TrainResources
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
-from jobs.data.decode import decode_to_size
+from jobs.data.decode import DecodeError, decode_to_size
 from jobs.data.order import training_order
-from jobs.data.stream import TrainStream, Views, stratified_rows
+from jobs.data.stream import Account, TrainStream, Views, stratified_rows
 from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
@@ -30,6 +30,9 @@ from jobs.training.optimizer import build_optimizer, build_schedule
 from jobs.training.step import gather, make_average, make_step, replica_rank
 
 TELL_EVERY_S = 0.5
+
+CORRUPT_NAMED = 10
+"""Images that each worker names in an epoch, of those that could no longer be decoded."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class _Worker:
         self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
-        self.knn_random = 0.0
+        self.knn_random: float | None = None
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
         self._restore()
@@ -86,47 +89,56 @@ class _Worker:
 
     def run(self) -> None:
         """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
-        config = self.config
+        config, assignment = self.config, self.assignment
         if self.step == 0:
             self.knn_random = self.probe.accuracy()
         stream = self._stream()
         ends = self._epoch_ends()
         losses, since, started, told = tf.constant(0.0), 0, time.monotonic(), time.monotonic()
-        for images, labels in stream:
+        for batch in stream:
             # Views are a part of the batch for the model: [batch × views, height, width, channel].
-            losses += self.train_step(tf.constant(images.reshape(-1, *images.shape[2:])), tf.constant(labels))
+            images = tf.constant(batch.images.reshape(-1, *batch.images.shape[2:]))
+            losses += self.train_step(images, tf.constant(batch.targets(len(self.dataset.classes))))
             self.step += 1
             since += 1
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell(kind="step", loss=float(losses) / since)
+                self._tell({"kind": "step", "loss": float(losses) / since})
             if self.step not in ends:
                 continue
             loss = float(losses) / since
             if not math.isfinite(loss):
                 # The loss is the same on every worker: all of them stop here, once the driver knows.
-                if self.rank == 0:
-                    ray.get(self.assignment.events.put.remote({"step": self.step, "kind": "diverged"}))
+                self._tell({"kind": "diverged"}, wait=True)
                 return
             self.average_statistics()
             elapsed = time.monotonic() - started
+            data = self._account(stream, elapsed)
+            if data["corrupt_images"] > assignment.data.max_corrupt_share * since * config.global_batch_size:
+                self._tell({"kind": "corrupt", "count": data["corrupt_images"]}, wait=True)
+                return
             metrics = {
                 "loss": loss,
                 "learning_rate": float(self.schedule(self.step - 1)),
-                "knn_accuracy": self.probe.accuracy(),
+                **self._probe_metrics(),
                 "images_per_second": since * config.global_batch_size / elapsed,
-                "data_wait_share": stream.waited_s / elapsed,
+                **data,
             }
             self.history.append({"step": self.step, **metrics})
-            self._tell(kind="epoch", **metrics)
+            self._tell({"kind": "epoch", **metrics})
             epoch = round(self.order.epoch_of(self.step))
             if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
                 self._checkpoint(metrics)
-            losses, since, started, stream.waited_s = tf.constant(0.0), 0, time.monotonic(), 0.0
+            losses, since, started, stream.account = tf.constant(0.0), 0, time.monotonic(), Account()
 
-    def _loss(self, images: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
-        return self.method.loss(self.backbone(images, training=True), labels, gather, replica_rank())
+    def _loss(self, images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        return self.method.loss(self.backbone(images, training=True), targets, gather, replica_rank())
+
+    def _probe_metrics(self) -> dict[str, float]:
+        """The probe's accuracy, where the data set has labels to tell it by."""
+        accuracy = self.probe.accuracy()
+        return {} if accuracy is None else {"knn_accuracy": accuracy}
 
     def _stream(self) -> TrainStream:
         assignment = self.assignment
@@ -141,6 +153,27 @@ class _Worker:
             self.total_steps,
             assignment.data_resources,
         )
+
+    def _account(self, stream: TrainStream, elapsed: float) -> dict[str, float]:
+        """What all workers' streams did since the last epoch's end; every worker calls it at the same step."""
+        account = stream.account
+        for text in account.corrupt[:CORRUPT_NAMED]:
+            self.name_corrupt(f"{text}: another stood in for it")
+        own = (len(account.corrupt), account.bytes_read // 1024, account.groups_read, account.groups_cached)
+        waited_ms = round(1000 * account.waited_s)
+        corrupt, kib, read, cached, waited_ms = (
+            self._gather_ints([*own, waited_ms]).sum(axis=0, dtype=np.int64).tolist()
+        )
+        return {
+            "data_wait_share": waited_ms / 1000 / self.world / elapsed,
+            "bytes_read": kib * 1024,
+            "cache_hit_share": cached / max(1, read + cached),
+            "corrupt_images": corrupt,
+        }
+
+    def name_corrupt(self, text: str) -> None:
+        """Tell the driver of an image that can no longer be decoded; any worker may meet one."""
+        self.assignment.events.put.remote({"step": self.step, "kind": "corrupt_image", "text": text})
 
     def _epoch_ends(self) -> set[int]:
         ends = {self.order.steps(epoch) for epoch in range(1, self.config.epochs + 1)}
@@ -159,7 +192,7 @@ class _Worker:
         self.step = checkpoint.state.step
         self.knn_random, self.history = checkpoint.state.knn_random, checkpoint.state.history
         self.resumed_from = [*checkpoint.state.resumed_from, self.step]
-        self._tell(kind="resumed")
+        self._tell({"kind": "resumed"})
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
         digest = weights_hash([*self.backbone.weights, *self.method.head.weights])
@@ -199,9 +232,12 @@ class _Worker:
         everyone = tf.function(lambda: self.strategy.run(gather, args=(local,)))()
         return np.asarray(self.strategy.experimental_local_results(everyone)[0])
 
-    def _tell(self, **event: Any) -> None:
+    def _tell(self, event: dict[str, Any], wait: bool = False) -> None:
+        """Tell the driver, from worker 0; with `wait`, return once it has been taken down."""
         if self.rank == 0:
-            self.assignment.events.put.remote({"step": self.step, **event})
+            told = self.assignment.events.put.remote({"step": self.step, **event})
+            if wait:
+                ray.get(told)
 
 
 class _Probe:
@@ -219,6 +255,9 @@ class _Probe:
         self._batch = max(1, 256 // worker.world)
         # Every worker takes every world-th image, and all the same number of batches: an exchange needs them all.
         everything = [(split, row) for split, rows in images for row in rows.tolist()]
+        self._labelled = all(len(rows) for _, rows in images)
+        if not self._labelled:
+            return
         padding = -len(everything) % (self._batch * worker.world)
         own = (everything + everything[:1] * padding)[worker.rank :: worker.world]
         self._images = self._decode(own)
@@ -229,8 +268,10 @@ class _Probe:
 
         self._features = features
 
-    def accuracy(self) -> float:
-        """To be called by every worker at the same step; the figure is worker 0's."""
+    def accuracy(self) -> float | None:
+        """To be called by every worker at the same step; the figure is worker 0's. None without labels."""
+        if not self._labelled:
+            return None
         worker, parts = self._worker, []
         for start in range(0, len(self._images), self._batch):
             gathered = self._features(tf.constant(self._images[start : start + self._batch]))
@@ -255,9 +296,13 @@ class _Probe:
         out = np.empty((len(items), size, size, 3), np.uint8)
         for split in {split for split, _ in items}:
             places = [place for place, item in enumerate(items) if item[0] == split]
-            table = worker.dataset.read(split, [items[place][1] for place in places], ["image"])
-            for place, data in zip(places, table.column("image").to_pylist(), strict=True):
-                out[place] = decode_to_size(data, size)
+            table = worker.dataset.read(split, [items[place][1] for place in places], ["id", "image"])
+            for place, row in zip(places, table.to_pylist(), strict=True):
+                try:
+                    out[place] = decode_to_size(row["image"], size)
+                except DecodeError as error:
+                    out[place] = 0
+                    worker.name_corrupt(f"{row['id']} {error}: the probe sees black")
         return out
 
 

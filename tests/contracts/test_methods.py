@@ -22,10 +22,10 @@ def _behaviour(name: str) -> dict[str, float]:
     method = build_method(config, DIMENSION, CLASSES)
     generator = np.random.default_rng(0)
     embedding = tf.Variable(generator.normal(size=(BATCH * method.views, DIMENSION)).astype(np.float32))
-    labels = tf.constant(generator.integers(0, CLASSES, BATCH), tf.int32)
+    targets = tf.one_hot(generator.integers(0, CLASSES, BATCH), CLASSES)
 
     def whole() -> tf.Tensor:
-        return method.loss(embedding, labels, lambda z: z, tf.constant(0))
+        return method.loss(embedding, targets, lambda z: z, tf.constant(0))
 
     def share(rank: int) -> tf.Tensor:
         # The other worker's tensor is what this method computes of the other half: gathered before it is needed.
@@ -33,9 +33,9 @@ def _behaviour(name: str) -> dict[str, float]:
         gathered: list[tf.Tensor] = []
         for other in (0, 1):
             part = embedding[other * rows : (other + 1) * rows]
-            own = labels[other * half : (other + 1) * half]
+            own = targets[other * half : (other + 1) * half]
             method.loss(part, own, lambda z: (gathered.append(z), z)[1], tf.constant(0))
-        part, own = embedding[rank * rows : (rank + 1) * rows], labels[rank * half : (rank + 1) * half]
+        part, own = embedding[rank * rows : (rank + 1) * rows], targets[rank * half : (rank + 1) * half]
         return method.loss(part, own, lambda z: tf.concat(gathered, 0), tf.constant(rank))
 
     before, halves = float(whole()), float(share(0) + share(1))

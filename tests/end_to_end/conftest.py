@@ -56,7 +56,9 @@ def walk(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Walk:
     for block in blocks():
         script = re.sub(r"^helio (run|deploy) (\S+)", rf"helio \1 \2 serve.port={port}", block, flags=re.MULTILINE)
         script = script.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
-        script = re.sub(r"^helio predict ", f"helio predict --endpoint http://127.0.0.1:{port} ", script, flags=re.M)
+        script = re.sub(
+            r"^helio predict (?!--data)", f"helio predict --endpoint http://127.0.0.1:{port} ", script, flags=re.M
+        )
         # Job control as in a person's own shell, without which `kill %1` knows no job.
         done = subprocess.run(
             ["bash", "-euxmo", "pipefail", "-c", script],
