@@ -42,6 +42,9 @@ class DataResources(Section):
     cpus_per_task: float = Field(default=0.25, gt=0)
     tasks_per_worker: int = Field(default=2, ge=1)
     """How many of them run at once for each training worker."""
+    task_mb: int = Field(default=32, ge=1)
+    """Pixels that one of them makes in one go, MiB. Less takes less memory and loses time: Ray Data hands over some
+    twenty pieces a second."""
     cache_gb: float = Field(default=2.0, ge=0)
     """What each node keeps on its own disk of decoded images, GiB, in all; a training split that is larger once it is
     decoded is read and decoded anew in each epoch. 0: none."""

@@ -93,7 +93,7 @@ class Predictor:
             pixels = await loop.run_in_executor(self._decoders, decode_to_size, data, self._bundle.image_size)
         except DecodeError as error:
             raise Refusal(
-                415, "not_an_image", f"the image cannot be decoded ({error}): send a whole JPEG, PNG, WebP, BMP or TIFF"
+                415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one"
             ) from None
         scores = await self.predict_batch(pixels)
         classes = self._bundle.classes

@@ -32,9 +32,6 @@ from jobs.data.mix import mix, mix_share, partner
 from jobs.data.order import Order
 from jobs.data.tasks import list_lazily
 
-TASK_BYTES = 16 * 2**20
-"""Pixels that one task makes: some tenths of a second of work, whatever the size of the images."""
-
 Rows = NDArray[np.int64]
 
 
@@ -105,7 +102,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[Batch]:
         size = self.order.global_batch_size // self.world
         start, stop = self.start_step * size, self.stop_step * size
-        per_task = rows_per_task(size, self.views)
+        per_task = rows_per_task(size, self.views, self.resources.task_mb)
         disk = DiskCache.plan(
             self.resources.cache_directory,
             self.resources.cache_gb,
@@ -130,7 +127,8 @@ class TrainStream:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=self.resources.cpus_per_task,
-            compute=ray.data.ActorPoolStrategy(size=readers),
+            # Some are ready for an actor at any time, so that it need not wait for Ray Data's loop.
+            compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=4),
         )
         tables = iter(pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
         yield from self._batches(tables, size)
@@ -168,9 +166,9 @@ class TrainStream:
         return Batch(images, labels, mixed, _array(table, "share", np.float32), corrupt)
 
 
-def rows_per_task(batch: int, views: Views) -> int:
+def rows_per_task(batch: int, views: Views, task_mb: int) -> int:
     """Rows of one task: whole batches of a worker where they are small, else an even part of one."""
-    wanted = max(1, TASK_BYTES // (views.count * views.image_size**2 * 3))
+    wanted = max(1, task_mb * 2**20 // (views.count * views.image_size**2 * 3))
     return wanted // batch * batch if wanted >= batch else -(-batch // -(-batch // wanted))
 
 
@@ -280,7 +278,7 @@ def read_split(
     decoded: a figure over a part of a split would be another figure.
     """
     directory = str(dataset.directory)
-    per_task = max(1, TASK_BYTES // (image_size**2 * 3))
+    per_task = max(1, resources.task_mb * 2**20 // (image_size**2 * 3))
 
     def decode(block: pa.Table) -> pa.Table:
         cv2.setNumThreads(1)
@@ -353,7 +351,10 @@ def _note(table: pa.Table) -> dict[str, Any]:
 
 
 def _array(table: pa.Table, name: str, dtype: type) -> NDArray[Any]:
-    return np.frombuffer(table.column(name)[0].as_buffer(), dtype)
+    value = table.column(name).chunk(0)
+    # The value's own buffer: a scalar's would be a copy.
+    start, end = np.frombuffer(value.buffers()[1], np.int64)[value.offset : value.offset + 2].tolist()
+    return np.frombuffer(value.buffers()[2], np.uint8)[start:end].view(dtype)
 
 
 def _cut(batch: Batch, start: int, stop: int) -> Batch:

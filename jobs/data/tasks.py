@@ -17,9 +17,6 @@ from cluster.profile import DataResources
 LOOP_REST_S = 0.01
 """Short against a task of some hundred images, long against a step of the loop."""
 
-LISTED_AHEAD = 64
-"""Items that are listed before any of them is taken."""
-
 Item = TypeVar("Item")
 Out = TypeVar("Out")
 
@@ -70,15 +67,14 @@ def list_lazily(items: Callable[[], Iterable[Any]]) -> "ray.data.Dataset":
     """A Ray dataset with one row, `item` (a pickle), in a block of its own for each of `items()`."""
     context = ray.data.DataContext.get_current()
     quiet_ray_data(context)
-    usual = context.target_max_block_size, context._max_num_blocks_in_streaming_gen_buffer
-    # Ray Data would gather small blocks until they have 128 MiB, which is the whole listing, and take no more than two
-    # of them in a step of its loop.
-    context.target_max_block_size, context._max_num_blocks_in_streaming_gen_buffer = 1, LISTED_AHEAD
+    usual = context.target_max_block_size
+    # Ray Data would gather small blocks until they have 128 MiB, which is the whole listing.
+    context.target_max_block_size = 1
     try:
         # No CPU: other resources than those of the work keep Ray Data from making one task of both.
         return ray.data.read_datasource(Listing(items), override_num_blocks=1, num_cpus=0)
     finally:
-        context.target_max_block_size, context._max_num_blocks_in_streaming_gen_buffer = usual
+        context.target_max_block_size = usual
 
 
 def quiet_ray_data(context: "ray.data.DataContext") -> None:

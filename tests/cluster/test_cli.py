@@ -65,7 +65,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(environment: None, tmp_pa
         "export",
         "deploy",
     ]
-    assert plan["stages"][1]["cpus"] == 1.25
+    assert plan["stages"][1]["cpus"] == 2.0
     assert plan["recipe"]["tune"]["trials"] == 3
     assert plan["recipe"]["pretrain"]["learning_rate"] == 0.001
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "more CPUs than there are": (
         ["profile.train.workers=640", "pretrain.global_batch_size=640"],
-        "asks for 320.25 CPUs in pretrain, this machine has",
+        "asks for 640 CPUs in pretrain, this machine has",
     ),
     "a recipe for a run that has one": (["--resume", "yesterday"], "a run keeps its recipe: --resume takes none"),
     "a split folder among classes": (["data.source=mixed"], "has folders for splits (train) and beside them meta"),

@@ -98,8 +98,9 @@ def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoi
     result = run.require("pretrain")
     assert killed
     assert len(result["resumed_from_steps"]) == 1
-    assert [epoch["step"] for epoch in result["history"]] == [20, 40, 60, 79, 80]
-    assert result["weights_sha256"] == undisturbed.require("pretrain")["weights_sha256"]
+    expected = undisturbed.require("pretrain")
+    assert [epoch["step"] for epoch in result["history"]] == [epoch["step"] for epoch in expected["history"]]
+    assert result["weights_sha256"] == expected["weights_sha256"]
 
 
 def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:

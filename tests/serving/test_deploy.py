@@ -26,7 +26,8 @@ def test_the_stage_reports_what_the_endpoint_answered(deployed: Deployed) -> Non
     assert result["latency_ms_median"] > 0
     right = [p["label"] == p["predicted"] for p in result["predictions"]]
     assert result["served_accuracy"] == pytest.approx(np.mean(right))
-    assert [p["label"] for p in result["predictions"]] == [*CLASSES, *CLASSES[:2]]
+    # The classes take turns; how many test images each has is the split's draw.
+    assert [p["label"] for p in result["predictions"]][: len(CLASSES)] == CLASSES
 
 
 def test_the_stage_keeps_the_images_with_what_was_said_of_them(deployed: Deployed) -> None:
