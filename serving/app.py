@@ -92,9 +92,7 @@ class Predictor:
         try:
             pixels = await loop.run_in_executor(self._decoders, decode_to_size, data, self._bundle.image_size)
         except DecodeError as error:
-            raise Refusal(
-                415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one"
-            ) from None
+            raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
         scores = await self.predict_batch(pixels)
         classes = self._bundle.classes
         best = np.argsort(-scores, kind="stable")[: self._config.top_k]

