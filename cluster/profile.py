@@ -39,7 +39,10 @@ class TrainResources(Section):
 class DataResources(Section):
     """The Ray Data tasks that ingest, decode and augment."""
 
+    cpus_per_ingest_task: float = Field(default=1.0, gt=0)
+    """A whole core: with several on one, Ray would start and end their processes all the time, seconds for each."""
     cpus_per_task: float = Field(default=0.25, gt=0)
+    """Of the tasks that stream, beside the training workers."""
     tasks_per_worker: int = Field(default=2, ge=1)
     """How many of them run at once for each training worker."""
     task_mb: int = Field(default=32, ge=1)
@@ -114,7 +117,7 @@ class Profile(Section):
         """(CPUs, GPUs) of the largest single request of each kind of stage: what one node must have."""
         train, trials, replica = self.train, self.trials, self.replicas
         return {
-            "ingest": (self.data.cpus_per_task, 0.0),
+            "ingest": (self.data.cpus_per_ingest_task, 0.0),
             "pretrain": (max(train.cpus_per_worker, self.data.cpus_per_task), float(train.gpus_per_worker)),
             "tune": (trials.cpus_per_trial, trials.gpus_per_trial),
             "deploy": (replica.cpus, replica.gpus),
@@ -124,7 +127,7 @@ class Profile(Section):
         """(CPUs, GPUs) that each kind of stage asks of the cluster at its peak."""
         train, trials, replica = self.train, self.trials, self.replicas
         return {
-            "ingest": (self.data.cpus_per_task, 0.0),
+            "ingest": (self.data.cpus_per_ingest_task, 0.0),
             "pretrain": (
                 train.workers * (train.cpus_per_worker + self.data.tasks_per_worker * self.data.cpus_per_task),
                 float(train.workers * train.gpus_per_worker),

@@ -47,7 +47,7 @@ def check_capacity(profile: Profile, kinds: Iterable[str], cpus: float, gpus: fl
     """Raise CapacityError when a stage of `kinds` asks for more than there is at all."""
     needs = profile.needs()
     mends = {
-        "ingest": "data.cpus_per_task",
+        "ingest": "data.cpus_per_ingest_task",
         "pretrain": "train.workers",
         "tune": "trials.concurrent",
         "deploy": "replicas.cpus",

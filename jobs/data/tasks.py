@@ -99,7 +99,7 @@ def run_tasks(
         return pa.table({"result": [pickle.dumps(result) for result in results]})
 
     results = list_lazily(items).map_batches(
-        apply, batch_size=None, batch_format="pyarrow", num_cpus=resources.cpus_per_task
+        apply, batch_size=None, batch_format="pyarrow", num_cpus=resources.cpus_per_ingest_task
     )
     for batch in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for value in batch.column("result").to_pylist():

@@ -11,10 +11,10 @@ from typing import TypeVar
 from jobs.data.location import Location, ReadError
 from jobs.data.sources.contract import Record
 
-PART_FILES = 512
+PART_FILES = 4096
 PART_BYTES = 64 * 2**20
 """A part is as large as this at most, but for a single larger file."""
-CUT_EVERY = 128
+CUT_EVERY = 1024
 """After as many files a part may end, at a name whose hash is a multiple of it: where files come and go, the next
 parts are cut where they were, and need not be read again."""
 READ_THREADS = 16
