@@ -346,7 +346,7 @@ def _variants(source: Path, folder: Path, copies: int) -> Path:
             target = folder / path.parent.name / f"{path.stem}-{number}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             top, left = divmod(number, 5)
-            cv2.imwrite(str(target), pixels[top : top + 216, left : left + 216], [cv2.IMWRITE_JPEG_QUALITY, 96])
+            cv2.imwrite(str(target), pixels[top : top + 216, left : left + 216], [cv2.IMWRITE_JPEG_QUALITY, 98])
     return folder
 
 
