@@ -8,6 +8,9 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+RATE_AFTER_S = 0.5
+"""Before, a rate would say more of the clock than of the work."""
+
 
 class Task:
     """One piece of work that is under way."""
@@ -26,7 +29,7 @@ class Task:
             # Work that a resumed run finds done does not count for the rate.
             self._first, self._started = done, now
         elapsed = now - self._started
-        rate = (done - self._first) / elapsed if elapsed > 0 else 0.0
+        rate = (done - self._first) / elapsed if elapsed >= RATE_AFTER_S else 0.0
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         if self._progress.bars and self._bar is not None:
             self._progress.bars.update(
