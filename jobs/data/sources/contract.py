@@ -23,7 +23,7 @@ class Record:
 
 
 class Part(Protocol):
-    """Some hundred images of a source: the unit that one task reads. Small and picklable."""
+    """Up to some thousand images of a source: the unit that one task reads. Small and picklable."""
 
     @property
     def key(self) -> str:

@@ -41,7 +41,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FilesPart:
-    """Some hundred image files."""
+    """Up to PART_FILES image files."""
 
     files: tuple[ImageFile, ...]
 

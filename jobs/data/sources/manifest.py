@@ -49,7 +49,7 @@ class ManifestSource:
         _ = self._head
 
     def parts(self) -> Iterator[Part]:
-        """Some hundred rows each; sizes and times are asked of the files, from a disk one by one, else ahead."""
+        """Up to some thousand rows each; sizes and times are asked of the files, from a disk one by one, else ahead."""
         columns, multi_label = self._head
         describe = functools.partial(self._describe, columns, multi_label)
         numbered = ((number, row) for number, row in enumerate(self._rows(), 1))
