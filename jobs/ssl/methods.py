@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     import keras
     import tensorflow as tf
 
-METHODS = {"simclr": "jobs.ssl.simclr:SimCLR", "supervised": "jobs.ssl.supervised:Supervised"}
+METHODS = {
+    "simclr": "jobs.ssl.simclr:SimCLR",
+    "vicreg": "jobs.ssl.vicreg:VICReg",
+    "barlow_twins": "jobs.ssl.barlow_twins:BarlowTwins",
+    "supervised": "jobs.ssl.supervised:Supervised",
+}
 
 
 class Method(Protocol):

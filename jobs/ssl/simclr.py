@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import keras
 import tensorflow as tf
 
+from jobs.ssl.projection import projection_head
 from jobs.training.config import PretrainConfig
 
 
@@ -21,14 +21,7 @@ class SimCLR:
     def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
         self._temperature = config.temperature
         self._pairs = 2 * config.global_batch_size
-        self.head = keras.Sequential(
-            [
-                keras.Input((dimension,)),
-                keras.layers.Dense(config.projection_hidden, activation="relu", name="hidden"),
-                keras.layers.Dense(config.projection_dim, name="projection", dtype="float32"),
-            ],
-            name="head",
-        )
+        self.head = projection_head(config, dimension)
 
     def loss(
         self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor

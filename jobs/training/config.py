@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 class PretrainConfig(Section):
     """Distributed pre-training."""
 
-    method: Literal["simclr", "supervised"] = "simclr"
+    method: Literal["simclr", "vicreg", "barlow_twins", "supervised"] = "simclr"
     epochs: int = Field(default=10, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     """Ends the run sooner; the schedule is laid out for what is really run."""
     global_batch_size: int = Field(default=256, ge=2)
-    """Images a step over all workers (SimCLR sees two views of each)."""
+    """Images a step over all workers (all but supervised see two views of each)."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = Field(default=1e-3, ge=0)
     """Peak rate at this global batch size."""
@@ -30,9 +30,15 @@ class PretrainConfig(Section):
     warmup_steps: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.2, gt=0)
     """SimCLR's tau (Chen et al. 2020, table 5)."""
+    invariance_weight: float = Field(default=25.0, ge=0)
+    variance_weight: float = Field(default=25.0, ge=0)
+    covariance_weight: float = Field(default=1.0, ge=0)
+    """VICReg's lambda, mu and nu (Bardes et al. 2022, section 4.2)."""
+    redundancy_weight: float = Field(default=0.005, ge=0)
+    """Barlow Twins' lambda (Zbontar et al. 2021, section 2.2)."""
     projection_hidden: int = Field(default=256, ge=1)
     projection_dim: int = Field(default=64, ge=2)
-    """Width of the hidden and of the last layer of SimCLR's projection head."""
+    """Width of the hidden and of the last layer of the projection head of self-supervised methods."""
     augment: AugmentConfig = AugmentConfig()
     checkpoint_every_epochs: int = Field(default=1, ge=1)
     max_failures: int = Field(default=2, ge=0)

@@ -14,6 +14,7 @@ import ray
 from cluster.errors import CapacityError, HelioError
 from cluster.profile import load_profile
 from cluster.session import check_capacity_here
+from jobs.ssl.methods import METHODS
 from jobs.training.checkpoint import Arrays, Checkpoint
 from tests.conftest import MakeRun, carry_out
 
@@ -33,7 +34,8 @@ TEN_SGD_STEPS = (
 )
 
 
-def _weights(make_run: MakeRun, method: str, workers: int, *overrides: str) -> Arrays:
+def _weights(make_run: MakeRun, method: str, workers: int, *overrides: str) -> tuple[Arrays, Arrays]:
+    """Of the backbone and of the head after ten steps."""
     run = make_run(
         *TEN_SGD_STEPS, f"pretrain.method={method}", *overrides, profile=(f"profile.train.workers={workers}",)
     )
@@ -42,20 +44,24 @@ def _weights(make_run: MakeRun, method: str, workers: int, *overrides: str) -> A
     assert (result["steps"], result["workers"]) == (10, workers)
     checkpoint = Checkpoint.open(result["checkpoint"])
     assert len(checkpoint.state.history) == 1
-    return checkpoint.read("backbone") + checkpoint.read("head")
+    return checkpoint.read("backbone"), checkpoint.read("head")
 
 
-@pytest.mark.parametrize("method", ["supervised", "simclr"])
-def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: MakeRun, method: str) -> None:
-    # Each checkpoint is written only after the hashes of both workers' weights were found equal.
-    one, two = _weights(make_run, method, 1), _weights(make_run, method, 2)
-    still = _weights(make_run, method, 1, "pretrain.learning_rate=0")
-    difference = max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True))
-    moved = max(float(np.abs(a - b).max()) for a, b in zip(one, still, strict=True))
-    print(f"{method}: 1 and 2 workers differ by {difference:.1e} after 10 steps that moved weights by {moved:.1e}")
-    assert difference < 1e-5
-    # Workers that kept their negatives or their gradients to themselves would differ by as much as they moved.
-    assert moved > 10 * 1e-5
+def _difference(some: Arrays, others: Arrays) -> float:
+    return max(float(np.abs(a - b).max()) for a, b in zip(some, others, strict=True))
+
+
+def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: MakeRun) -> None:
+    still, _ = _weights(make_run, "simclr", 1, "pretrain.learning_rate=0")
+    for method in METHODS:
+        # Each checkpoint is written only after the hashes of both workers' weights were found equal.
+        one, two = _weights(make_run, method, 1), _weights(make_run, method, 2)
+        difference = max(map(_difference, one, two))
+        moved = _difference(one[0], still)
+        print(f"{method}: 1 and 2 workers differ by {difference:.1e} after 10 steps that moved weights by {moved:.1e}")
+        assert difference < 1e-5, method
+        # Workers that kept their negatives or their gradients to themselves would differ by as much as they moved.
+        assert moved > 10 * 1e-5, method
 
 
 def _own_processes(name: str) -> list[int]:

@@ -1,0 +1,42 @@
+"""What methods that compare two views of an image share: the head, and statistics of the global batch.
+
+Views lie side by side: projections are float32 [batch × 2, dimension].
+"""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from jobs.training.config import PretrainConfig
+
+
+def projection_head(config: PretrainConfig, dimension: int) -> keras.Model:
+    """Two layers on top of embeddings of `dimension` (Chen et al. 2020, section 4.2)."""
+    return keras.Sequential(
+        [
+            keras.Input((dimension,)),
+            keras.layers.Dense(config.projection_hidden, activation="relu", name="hidden"),
+            keras.layers.Dense(config.projection_dim, name="projection", dtype="float32"),
+        ],
+        name="head",
+    )
+
+
+def both_views(
+    projections: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor]
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """(first views, second views) of the global batch, [global batch, dimension] each, and this worker's share of it.
+
+    Every worker computes the loss of the whole batch and returns its share of it: the gradient of `gather` adds up what
+    the workers' losses say of each row.
+    """
+    everyone = gather(projections)
+    share = tf.shape(projections)[0] / tf.shape(everyone)[0]
+    return everyone[::2], everyone[1::2], tf.cast(share, everyone.dtype)
+
+
+def covariance(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+    """Of every dimension of one with every dimension of the other over the batch, [dimension, dimension], by n - 1."""
+    first, second = (z - tf.reduce_mean(z, axis=0) for z in (first, second))
+    return tf.matmul(first, second, transpose_a=True) / tf.cast(tf.shape(first)[0] - 1, first.dtype)

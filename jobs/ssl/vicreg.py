@@ -1,0 +1,45 @@
+"""VICReg: Bardes, Ponce, LeCun, 'VICReg: Variance-Invariance-Covariance Regularization', ICLR 2022."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from jobs.ssl.projection import both_views, covariance, projection_head
+from jobs.training.config import PretrainConfig
+
+TARGET = 1.0
+"""Standard deviation that every dimension is held to (gamma, section 4.2)."""
+EPSILON = 1e-4
+"""Keeps the root's gradient finite (section 4.2)."""
+
+
+class VICReg:
+    """Two views agree, every dimension varies, and no two dimensions say the same.
+
+    Equation 6: invariance_weight * s(Z, Z') + variance_weight * (v(Z) + v(Z')) + covariance_weight * (c(Z) + c(Z')).
+    v is the mean over the dimensions of max(0, 1 - sqrt(Var(z) + 1e-4)) (equations 1 and 2); c the sum of the squared
+    covariances of different dimensions, divided by the number of dimensions (equation 4). s is the mean squared
+    difference over images and dimensions, as in the authors' code, whose weights (25, 25, 1) are meant for it; equation
+    5 sums over the dimensions. All statistics are of the global batch.
+    """
+
+    views = 2
+
+    def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
+        self._weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
+        self.head = projection_head(config, dimension)
+
+    def loss(
+        self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+    ) -> tf.Tensor:
+        """See `Method.loss`."""
+        first, second, share = both_views(self.head(embedding, training=True), gather)
+        invariance, variance, correlation = self._weights
+        value = invariance * tf.reduce_mean(tf.math.squared_difference(first, second))
+        for z in (first, second):
+            moments = covariance(z, z)
+            own = tf.linalg.diag_part(moments)
+            value += variance * tf.reduce_mean(tf.nn.relu(TARGET - tf.sqrt(own + EPSILON)))
+            different = tf.reduce_sum(tf.square(moments)) - tf.reduce_sum(tf.square(own))
+            value += correlation * different / tf.cast(tf.shape(z)[1], z.dtype)
+        return value * share
