@@ -126,11 +126,12 @@ def test_a_data_set_is_found_by_how_its_name_or_fingerprint_begins(workspace: Pa
     assert wrong.stderr == f"helio: no data set {first.replace('first', 'frist')!r} under {workspace}/datasets" + (
         f": did you mean {first}?\n"
     )
-    (workspace / "datasets" / "first-copy").symlink_to(first)
+    (workspace / "datasets" / "first-link").symlink_to(first)
     both = helio_data(workspace, "show", "first")
-    (workspace / "datasets" / "first-copy").unlink()
+    (workspace / "datasets" / "first-link").unlink()
     assert both.returncode == 2
-    assert f"first is the beginning of 2 data sets: {first}, first-copy" in both.stderr
+    # A digest is hexadecimal: it comes before "link" in the order of names.
+    assert f"first is the beginning of 2 data sets: {first}, first-link: give more of one's name" in both.stderr
 
 
 def test_diff_counts_what_came_went_was_relabelled_and_moved(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
