@@ -6,6 +6,7 @@ neither read the storage nor decode.
 """
 
 import collections
+import contextlib
 import functools
 import os
 import shutil
@@ -63,9 +64,13 @@ class DiskCache:
         parent = Path(root) if root else Path(tempfile.gettempdir(), f"helio-cache-{os.getuid()}")
         return cls(parent / name, needed_bytes, limit, prepare) if needed_bytes <= limit else None
 
+    def file(self, path: Path, group: int) -> Path:
+        """Where a group of a shard is kept."""
+        return self.directory / f"{path.parent.name}-{path.stem}-{group:05}.arrow"
+
     def get(self, path: Path, group: int) -> tuple[pa.Table, Reading]:
         """The prepared rows of a group of a shard, memory-mapped. Raises DataError when the shard cannot be read."""
-        file = self.directory / f"{path.parent.name}-{path.stem}-{group:05}.arrow"
+        file = self.file(path, group)
         reading = Reading(groups_cached=1)
         if not file.exists():
             _make_room(self.directory, self.needed_bytes, self.limit_bytes)
@@ -102,7 +107,7 @@ class RowGroupCache:
 
     def get(self, path: Path, group: int, disk: DiskCache | None) -> Group:
         """A row group of a shard, as `disk` prepares them. Raises DataError when the shard cannot be read."""
-        key = (disk.directory if disk else path, path, group)
+        key = _key(path, group, disk)
         with self._lock:
             if key in self._groups:
                 self._groups.move_to_end(key)
@@ -119,6 +124,36 @@ class RowGroupCache:
             while self._bytes > CACHE_BYTES and len(self._groups) > 1:
                 self._bytes -= self._groups.popitem(last=False)[1].table.nbytes
         return opened
+
+    def read_ahead(self, path: Path, group: int, disk: DiskCache | None) -> None:
+        """Let the system fetch a row group from its disk, where this process will want it, and return at once."""
+        with self._lock:
+            here = _key(path, group, disk) in self._groups
+        if not here:
+            _read_ahead(path, group, disk)
+
+
+def _key(path: Path, group: int, disk: DiskCache | None) -> tuple[Path, Path, int]:
+    return disk.directory if disk else path, path, group
+
+
+@functools.lru_cache(maxsize=128)
+def _read_ahead(path: Path, group: int, disk: DiskCache | None) -> None:
+    """Those that were asked for last are not asked for again."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    start, size = 0, 0
+    # What is wrong with a file is told where it is read.
+    with contextlib.suppress(OSError, pa.ArrowException):
+        if disk and disk.file(path, group).exists():
+            path = disk.file(path, group)
+        else:
+            columns = _footer(path).row_group(group)
+            parts = [columns.column(number) for number in range(columns.num_columns)]
+            start = min(part.dictionary_page_offset or part.data_page_offset for part in parts)
+            size = sum(part.total_compressed_size for part in parts)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
 
 @functools.lru_cache(maxsize=64)

@@ -199,6 +199,11 @@ class _Reader:
         dataset = _opened(self.directory)
         rows, epochs = self.order.worker_rows(start, stop, self.rank, self.world)
         picked = dataset.pick("train", rows, self.disk)
+        # A disk is not waited for: the rows that come a window later are fetched while these are decoded.
+        later = max(stop - start, self.order.window // self.world)
+        dataset.read_ahead(
+            "train", self.order.worker_rows(start + later, stop + later, self.rank, self.world)[0], self.disk
+        )
         partners = None
         if self.views.augment.mixes:
             partners = dataset.pick("train", _partners(dataset, rows, epochs, picked, self.views), self.disk)

@@ -337,7 +337,10 @@ def _cache_bytes() -> int:
 
 
 def _variants(source: Path, folder: Path, copies: int) -> Path:
-    """Each photograph `copies` times, every time cut a little differently and encoded anew: all of them different."""
+    """Each photograph `copies` times, every time cut a little differently and encoded anew: all of them different.
+
+    No cut lies on the grid of 8 × 8 blocks that the original was encoded in: it would make a smaller file.
+    """
     import cv2
 
     for path in sorted(source.rglob("*.*")):
@@ -345,7 +348,7 @@ def _variants(source: Path, folder: Path, copies: int) -> Path:
         for number in range(copies):
             target = folder / path.parent.name / f"{path.stem}-{number}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
-            top, left = divmod(number, 5)
+            top, left = np.add(divmod(number, 5), 1)
             cv2.imwrite(str(target), pixels[top : top + 216, left : left + 216], [cv2.IMWRITE_JPEG_QUALITY, 98])
     return folder
 
