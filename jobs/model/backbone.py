@@ -93,8 +93,11 @@ def _block(
         kernel_initializer="he_normal",
         name=f"{name}_conv",
     )(x)
-    if norm == "batch":
-        x = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_norm")(x)
+    if norm in ("batch", "sync_batch"):
+        from jobs.model.normalization import SyncBatchNormalization
+
+        layer = SyncBatchNormalization if norm == "sync_batch" else keras.layers.BatchNormalization
+        x = layer(momentum=0.9, epsilon=1e-5, name=f"{name}_norm")(x)
     elif norm == "group":
         x = keras.layers.GroupNormalization(8, name=f"{name}_norm")(x)
     return keras.layers.ReLU(name=f"{name}_relu")(x) if activate else x

@@ -18,8 +18,9 @@ class ModelConfig(Section):
     """Stages of the convnet, each of which halves the resolution (resnet18 always has 4)."""
     stem_stride: Literal[1, 2, 4] = 1
     """Reduction before the first stage: 1 for 32 px, 2 to 4 for photographs."""
-    norm: Literal["batch", "group", "none"] = "batch"
-    """`batch` uses each worker's own statistics; the moving ones are averaged over workers each epoch."""
+    norm: Literal["batch", "sync_batch", "group", "none"] = "batch"
+    """`batch` uses each worker's own statistics, and the moving ones are averaged over the workers each epoch;
+    `sync_batch` uses those of the global batch, for one exchange a layer."""
 
     @model_validator(mode="after")
     def _groups_divide_the_width(self) -> "ModelConfig":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from jobs.ssl.projection import both_views, covariance, projection_head
+from jobs.ssl.projection import both_views, covariance, off_diagonal_energy, projection_head
 from jobs.training.config import PretrainConfig
 
 EPSILON = 1e-5
@@ -31,6 +31,5 @@ class BarlowTwins:
         first, second, share = both_views(self.head(embedding, training=True), gather)
         scales = [tf.math.rsqrt(tf.linalg.diag_part(covariance(z, z)) + EPSILON) for z in (first, second)]
         correlation = covariance(first, second) * scales[0][:, None] * scales[1][None, :]
-        same = tf.linalg.diag_part(correlation)
-        different = tf.reduce_sum(tf.square(correlation)) - tf.reduce_sum(tf.square(same))
-        return (tf.reduce_sum(tf.square(1 - same)) + self._redundancy_weight * different) * share
+        same = tf.reduce_sum(tf.square(1 - tf.linalg.diag_part(correlation)))
+        return (same + self._redundancy_weight * off_diagonal_energy(correlation)) * share

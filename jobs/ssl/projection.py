@@ -40,3 +40,8 @@ def covariance(first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
     """Of every dimension of one with every dimension of the other over the batch, [dimension, dimension], by n - 1."""
     first, second = (z - tf.reduce_mean(z, axis=0) for z in (first, second))
     return tf.matmul(first, second, transpose_a=True) / tf.cast(tf.shape(first)[0] - 1, first.dtype)
+
+
+def off_diagonal_energy(matrix: tf.Tensor) -> tf.Tensor:
+    """Sum of the squares of what is not on the diagonal of [dimension, dimension]."""
+    return tf.reduce_sum(tf.square(matrix)) - tf.reduce_sum(tf.square(tf.linalg.diag_part(matrix)))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from jobs.ssl.projection import both_views, covariance, projection_head
+from jobs.ssl.projection import both_views, covariance, off_diagonal_energy, projection_head
 from jobs.training.config import PretrainConfig
 
 TARGET = 1.0
@@ -40,6 +40,5 @@ class VICReg:
             moments = covariance(z, z)
             own = tf.linalg.diag_part(moments)
             value += variance * tf.reduce_mean(tf.nn.relu(TARGET - tf.sqrt(own + EPSILON)))
-            different = tf.reduce_sum(tf.square(moments)) - tf.reduce_sum(tf.square(own))
-            value += correlation * different / tf.cast(tf.shape(z)[1], z.dtype)
+            value += correlation * off_diagonal_energy(moments) / tf.cast(tf.shape(z)[1], z.dtype)
         return value * share

@@ -20,14 +20,20 @@ class PretrainConfig(Section):
     """Ends the run sooner; the schedule is laid out for what is really run."""
     global_batch_size: int = Field(default=256, ge=2)
     """Images a step over all workers (all but supervised see two views of each)."""
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "adamw"
     learning_rate: float = Field(default=1e-3, ge=0)
-    """Peak rate at this global batch size."""
+    """Peak rate at this global batch size, or at `reference_batch_size` where that is given."""
+    reference_batch_size: int | None = Field(default=None, ge=1)
+    """The batch that `learning_rate` was found with: it grows with the global batch in proportion (sgd, lars) or with
+    its root (adamw, lamb)."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    """Of sgd (Nesterov where above 0)."""
+    """Of sgd (Nesterov where above 0) and lars."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    clip_norm: float | None = Field(default=None, gt=0)
+    """The most that the gradient of the global batch may measure, over all weights; longer ones are shortened."""
+    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
+    """Of the linear rise to the peak; one_cycle has its own."""
     temperature: float = Field(default=0.2, gt=0)
     """SimCLR's tau (Chen et al. 2020, table 5)."""
     invariance_weight: float = Field(default=25.0, ge=0)

@@ -1,8 +1,8 @@
 """One training step under a tf.distribute strategy, with an own loop: `model.fit` fails there under Keras 3.
 
 keras#20585: under MultiWorkerMirroredStrategy `fit` tries to make a tensor of a PerReplica value. Here the step runs in
-each replica through `strategy.run`; losses are sums over the worker's part divided by the global batch, and the
-optimizer adds the gradients of all replicas up before it applies them.
+each replica through `strategy.run`; losses are sums over the worker's part divided by the global batch, and an
+optimizer of `build_optimizer` adds the gradients of all replicas up before it clips and applies them.
 """
 
 import math
@@ -12,6 +12,15 @@ import keras
 import tensorflow as tf
 
 Loss = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+
+
+def make_strategy() -> tf.distribute.Strategy:
+    """The workers of TF_CONFIG as one: NCCL among GPUs, a ring among CPUs."""
+    implementation = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=implementation.NCCL if tf.config.list_physical_devices("GPU") else implementation.RING
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
 
 
 def make_step(

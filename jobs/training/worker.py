@@ -26,8 +26,8 @@ from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.probe import knn_accuracy
 from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
 from jobs.training.config import PretrainConfig, total_steps
-from jobs.training.optimizer import build_optimizer, build_schedule
-from jobs.training.step import gather, make_average, make_step, replica_rank
+from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
+from jobs.training.step import gather, make_average, make_step, make_strategy, replica_rank
 
 TELL_EVERY_S = 0.5
 
@@ -70,13 +70,15 @@ class _Worker:
         self.dataset = Dataset.open(assignment.dataset)
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
-        self.strategy = _strategy()
-        self.schedule = build_schedule(config.schedule, config.learning_rate, self.total_steps, config.warmup_steps)
+        self.strategy = make_strategy()
+        self.schedule = build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
         with self.strategy.scope():
             self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
             self.method = build_method(config, self.backbone.output_shape[-1], len(self.dataset.classes))
             self.variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
-            self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
+            self.optimizer = build_optimizer(
+                config.optimizer, self.schedule, config.weight_decay, config.momentum, config.clip_norm
+            )
             self.optimizer.build(self.variables)
         self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
@@ -304,14 +306,6 @@ class _Probe:
                     out[place] = 0
                     worker.name_corrupt(f"{row['id']} {error}: the probe sees black")
         return out
-
-
-def _strategy() -> tf.distribute.Strategy:
-    implementation = tf.distribute.experimental.CommunicationImplementation
-    options = tf.distribute.experimental.CommunicationOptions(
-        implementation=implementation.NCCL if tf.config.list_physical_devices("GPU") else implementation.RING
-    )
-    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
 
 
 def _moving_statistics(model: keras.Model) -> list[keras.Variable]:

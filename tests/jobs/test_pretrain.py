@@ -5,7 +5,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import ray
 
 from cluster.errors import CapacityError, HelioError
 from cluster.profile import load_profile
-from cluster.session import check_capacity_here
+from cluster.session import check_capacity_here, interruptible
 from jobs.ssl.methods import METHODS
 from jobs.training.checkpoint import Arrays, Checkpoint
 from tests.conftest import MakeRun, carry_out
@@ -34,39 +36,123 @@ TEN_SGD_STEPS = (
 )
 
 
-LEARNING_RATES = {"vicreg": 1e-4, "barlow_twins": 5e-5}
-"""Losses that are sums over dimensions, or weighted by 25, need less: large steps enlarge what is rounded."""
-
-
-def _weights(make_run: MakeRun, method: str, workers: int, *overrides: str) -> tuple[Arrays, Arrays]:
-    """Of the backbone and of the head after ten steps."""
-    run = make_run(
-        *TEN_SGD_STEPS, f"pretrain.method={method}", *overrides, profile=(f"profile.train.workers={workers}",)
-    )
-    carry_out(run, "ingest", "pretrain")
-    result = run.require("pretrain")
-    assert (result["steps"], result["workers"]) == (10, workers)
-    checkpoint = Checkpoint.open(result["checkpoint"])
-    assert len(checkpoint.state.history) == 1
-    return checkpoint.read("backbone"), checkpoint.read("head")
-
-
 def _difference(some: Arrays, others: Arrays) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(some, others, strict=True))
 
 
-def test_two_workers_give_the_weights_of_one_with_twice_the_batch(make_run: MakeRun) -> None:
-    still, _ = _weights(make_run, "simclr", 1, "pretrain.learning_rate=0")
-    for method in METHODS:
-        # Each checkpoint is written only after the hashes of both workers' weights were found equal.
-        rate = f"pretrain.learning_rate={LEARNING_RATES.get(method, 0.02)}"
-        one, two = (_weights(make_run, method, workers, rate) for workers in (1, 2))
-        difference = max(map(_difference, one, two))
-        moved = _difference(one[0], still)
-        print(f"{method}: 1 and 2 workers differ by {difference:.1e} after 10 steps that moved weights by {moved:.1e}")
-        assert difference < 1e-5, method
-        # Workers that kept their negatives or their gradients to themselves would differ by as much as they moved.
-        assert moved > 10 * 1e-5, method
+STEPS, BATCH, SIZE, CLASSES = 20, 32, 16, 3
+TRAININGS = {
+    **{f"{method}, {norm}": {"method": method, "norm": norm} for method in METHODS for norm in ("none", "sync_batch")},
+    "supervised, sync_batch, clipped": {"method": "supervised", "norm": "sync_batch", "clip_norm": 0.05},
+    "supervised, sync_batch, lars": {"method": "supervised", "norm": "sync_batch", "optimizer": "lars"},
+    "supervised, sync_batch, lamb": {"method": "supervised", "norm": "sync_batch", "optimizer": "lamb"},
+}
+RATES = {"vicreg": 1e-4, "barlow_twins": 1e-4, "lars": 5.0, "lamb": 1e-3}
+"""Others take 0.02. Losses that are sums over dimensions, or weighted by 25, need less: large steps enlarge rounding."""
+
+
+def _train_each(settings: dict[str, str]) -> None:
+    """In each worker: every training of TRAININGS on the same global batches; all weights are left in a file."""
+    from jobs.training.device import set_up_tensorflow
+    from jobs.training.step import make_strategy
+
+    set_up_tensorflow(1, 0)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    strategy = make_strategy()
+    for name, training in TRAININGS.items():
+        before, after = _train_one(training, strategy, rank, world)
+        np.savez(f"{settings['directory']}/{name}-{world}-{rank}.npz", *after)
+        np.savez(f"{settings['directory']}/{name}-before.npz", *before)
+
+
+def _train_one(training: dict[str, Any], strategy: Any, rank: int, world: int) -> tuple[Arrays, Arrays]:
+    """(trainable weights before, all weights after STEPS steps)."""
+    import tensorflow as tf
+
+    from jobs.model.backbone import build_backbone
+    from jobs.model.config import ModelConfig
+    from jobs.ssl.methods import build_method
+    from jobs.training.config import PretrainConfig
+    from jobs.training.optimizer import build_optimizer
+    from jobs.training.step import gather, make_step, replica_rank
+
+    settings = {"optimizer": "sgd", "weight_decay": 1e-3, "projection_hidden": 32, "projection_dim": 16, **training}
+    model = ModelConfig(width=8, stages=2, norm=settings.pop("norm"))
+    config = PretrainConfig(global_batch_size=BATCH, **settings)
+    rate = RATES.get(config.optimizer, RATES.get(config.method, 0.02))
+    with strategy.scope():
+        backbone = build_backbone(model, SIZE, seed=0)
+        method = build_method(config, backbone.output_shape[-1], CLASSES)
+        variables = [*backbone.trainable_variables, *method.head.trainable_variables]
+        optimizer = build_optimizer(config.optimizer, rate, config.weight_decay, config.momentum, config.clip_norm)
+        optimizer.build(variables)
+
+    def loss(images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        return method.loss(backbone(images, training=True), targets, gather, replica_rank())
+
+    step = make_step(strategy, loss, optimizer, variables)
+    before = [variable.numpy() for variable in variables]
+    generator = np.random.default_rng(0)
+    for _ in range(STEPS):
+        coarse = generator.integers(0, 256, (BATCH, 1, 4, 4, 3)).repeat(4, axis=2).repeat(4, axis=3)
+        views = np.clip(coarse + generator.normal(0, 20, (BATCH, method.views, SIZE, SIZE, 3)), 0, 255)
+        targets = np.eye(CLASSES, dtype=np.float32)[generator.integers(0, CLASSES, BATCH)]
+        own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        images = views[own].reshape(-1, SIZE, SIZE, 3).astype(np.uint8)
+        step(tf.constant(images), tf.constant(targets[own]))
+    return before, [variable.numpy() for variable in (*variables, *backbone.non_trainable_variables)]
+
+
+def _on_workers(function: Callable[[dict[str, str]], None], settings: dict[str, str], workers: int) -> None:
+    """Carry a function out in a TensorFlow cluster of so many workers."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    from jobs.training.backend import TensorflowBackendConfig
+
+    trainer = DataParallelTrainer(
+        function,
+        train_loop_config=settings,
+        backend_config=TensorflowBackendConfig(),
+        scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name=f"{workers}-workers", storage_path=settings["directory"]),
+    )
+    interruptible(trainer.fit)
+
+
+def test_many_workers_give_the_weights_of_one_with_the_whole_batch(ray_cluster: None, tmp_path: Path) -> None:
+    def weights(name: str) -> Arrays:
+        with np.load(tmp_path / f"{name}.npz") as file:
+            return [file[array] for array in file.files]
+
+    for world in (1, 2, 4):
+        _on_workers(_train_each, {"directory": str(tmp_path)}, world)
+    for name in TRAININGS:
+        one, before = weights(f"{name}-1-0"), weights(f"{name}-before")
+        moved = _difference(one[: len(before)], before)
+        differences = []
+        for world in (2, 4):
+            of_ranks = [weights(f"{name}-{world}-{rank}") for rank in range(world)]
+            assert all(_difference(of_ranks[0], others) == 0 for others in of_ranks[1:]), (name, world)
+            differences.append(_difference(one, of_ranks[0]))
+        print(f"{name}: 2 and 4 workers differ from 1 by {max(differences):.1e}; the weights moved by {moved:.1e}")
+        assert max(differences) < 1e-5, name
+        # Workers that kept their negatives, statistics or gradients to themselves would differ by as much.
+        assert moved > 10 * 1e-5, name
+
+
+def test_two_workers_train_in_a_run_as_one(make_run: MakeRun) -> None:
+    def weights(workers: int) -> Arrays:
+        run = make_run(*TEN_SGD_STEPS, profile=(f"profile.train.workers={workers}",))
+        carry_out(run, "ingest", "pretrain")
+        result = run.require("pretrain")
+        assert (result["steps"], result["workers"]) == (10, workers)
+        checkpoint = Checkpoint.open(result["checkpoint"])
+        assert len(checkpoint.state.history) == 1
+        return [*checkpoint.read("backbone"), *checkpoint.read("head")]
+
+    assert _difference(weights(1), weights(2)) < 1e-5
 
 
 def _own_processes(name: str) -> list[int]:
