@@ -14,7 +14,7 @@ import tensorflow as tf
 def summed(kind: type[keras.optimizers.Optimizer]) -> type[keras.optimizers.Optimizer]:
     """The optimizer class whose `apply` takes each replica's own gradients and acts on the sum of all."""
 
-    class Summed(kind):  # type: ignore[misc, valid-type]
+    class Summed(kind):
         def apply(self, grads: Iterable[tf.Tensor], trainable_variables: Any = None) -> None:
             context = tf.distribute.get_replica_context()
             if context is not None and context.num_replicas_in_sync > 1:

@@ -42,13 +42,12 @@ def _difference(some: Arrays, others: Arrays) -> float:
 
 STEPS, BATCH, SIZE, CLASSES = 20, 32, 16, 3
 TRAININGS = {
-    **{f"{method}, {norm}": {"method": method, "norm": norm} for method in METHODS for norm in ("none", "sync_batch")},
-    "supervised, sync_batch, clipped": {"method": "supervised", "norm": "sync_batch", "clip_norm": 0.05},
-    "supervised, sync_batch, lars": {"method": "supervised", "norm": "sync_batch", "optimizer": "lars"},
-    "supervised, sync_batch, lamb": {"method": "supervised", "norm": "sync_batch", "optimizer": "lamb"},
+    **{method: {"method": method, "norm": "sync_batch"} for method in METHODS},
+    "supervised, no norm": {"method": "supervised", "norm": "none"},
+    "supervised, lars, clipped": {"method": "supervised", "norm": "sync_batch", "optimizer": "lars", "clip_norm": 0.5},
 }
-RATES = {"vicreg": 1e-4, "barlow_twins": 1e-4, "lars": 5.0, "lamb": 1e-3}
-"""Others take 0.02. Losses that are sums over dimensions, or weighted by 25, need less: large steps enlarge rounding."""
+RATES = {"vicreg": 1e-4, "barlow_twins": 1e-4, "lars": 0.1}
+"""Others take 2e-3. Steps must be small: large ones enlarge what is rounded, a little more with each."""
 
 
 def _train_each(settings: dict[str, str]) -> None:
@@ -60,7 +59,8 @@ def _train_each(settings: dict[str, str]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     strategy = make_strategy()
-    for name, training in TRAININGS.items():
+    # Four processes on two cores take their time: those that a method can spoil.
+    for name, training in TRAININGS.items() if world < 4 else list(TRAININGS.items())[: len(METHODS)]:
         before, after = _train_one(training, strategy, rank, world)
         np.savez(f"{settings['directory']}/{name}-{world}-{rank}.npz", *after)
         np.savez(f"{settings['directory']}/{name}-before.npz", *before)
@@ -80,7 +80,7 @@ def _train_one(training: dict[str, Any], strategy: Any, rank: int, world: int) -
     settings = {"optimizer": "sgd", "weight_decay": 1e-3, "projection_hidden": 32, "projection_dim": 16, **training}
     model = ModelConfig(width=8, stages=2, norm=settings.pop("norm"))
     config = PretrainConfig(global_batch_size=BATCH, **settings)
-    rate = RATES.get(config.optimizer, RATES.get(config.method, 0.02))
+    rate = RATES.get(config.optimizer, RATES.get(config.method, 2e-3))
     with strategy.scope():
         backbone = build_backbone(model, SIZE, seed=0)
         method = build_method(config, backbone.output_shape[-1], CLASSES)
@@ -128,18 +128,19 @@ def test_many_workers_give_the_weights_of_one_with_the_whole_batch(ray_cluster: 
 
     for world in (1, 2, 4):
         _on_workers(_train_each, {"directory": str(tmp_path)}, world)
-    for name in TRAININGS:
+    for number, name in enumerate(TRAININGS):
         one, before = weights(f"{name}-1-0"), weights(f"{name}-before")
         moved = _difference(one[: len(before)], before)
-        differences = []
-        for world in (2, 4):
-            of_ranks = [weights(f"{name}-{world}-{rank}") for rank in range(world)]
-            assert all(_difference(of_ranks[0], others) == 0 for others in of_ranks[1:]), (name, world)
-            differences.append(_difference(one, of_ranks[0]))
-        print(f"{name}: 2 and 4 workers differ from 1 by {max(differences):.1e}; the weights moved by {moved:.1e}")
-        assert max(differences) < 1e-5, name
         # Workers that kept their negatives, statistics or gradients to themselves would differ by as much.
         assert moved > 10 * 1e-5, name
+        for world in (2, 4) if number < len(METHODS) else (2,):
+            of_ranks = [weights(f"{name}-{world}-{rank}") for rank in range(world)]
+            assert all(_difference(of_ranks[0], others) == 0 for others in of_ranks[1:]), (name, world)
+            difference = _difference(one, of_ranks[0])
+            print(
+                f"{name}: 1 and {world} workers differ by {difference:.1e}, {STEPS} steps moved weights by {moved:.1e}"
+            )
+            assert difference < 1e-5, (name, world)
 
 
 def test_two_workers_train_in_a_run_as_one(make_run: MakeRun) -> None:
