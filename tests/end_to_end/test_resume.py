@@ -40,13 +40,18 @@ def _wait_for_checkpoint(driver: subprocess.Popen[bytes], directory: Path) -> tu
 
 
 def test_ctrl_c_ends_in_order_and_says_how_to_go_on(environment: None, tmp_path: Path) -> None:
+    # Where a shell has started the tests in the background, they and all that they start ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with (tmp_path / "messages").open("w+") as messages:
         # So many epochs that it is still at work, however fast, when the signal comes.
         command = [HELIO, *PRETRAIN, "pretrain.epochs=200"]
         driver = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=messages)
-        run = _wait_for_checkpoint(driver, tmp_path)[0]
-        driver.send_signal(signal.SIGINT)
-        assert driver.wait(timeout=60) == 130
+        try:
+            run = _wait_for_checkpoint(driver, tmp_path)[0]
+            driver.send_signal(signal.SIGINT)
+            assert driver.wait(timeout=60) == 130
+        finally:
+            driver.kill()
         messages.seek(0)
         said = messages.read()
     assert f"stopped: `helio run --resume {run.name}` goes on from the last finished stage" in said
