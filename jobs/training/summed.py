@@ -24,5 +24,4 @@ def summed(kind: type[keras.optimizers.Optimizer]) -> type[keras.optimizers.Opti
         def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
             return grads_and_vars
 
-    Summed.__name__ = kind.__name__
     return Summed

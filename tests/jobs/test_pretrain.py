@@ -143,17 +143,30 @@ def test_many_workers_give_the_weights_of_one_with_the_whole_batch(ray_cluster: 
             assert difference < 1e-5, (name, world)
 
 
+def _untrained(image_size: int, seed: int) -> Arrays:
+    from jobs.model.backbone import build_backbone
+    from jobs.model.config import ModelConfig
+
+    return [
+        variable.numpy() for variable in build_backbone(ModelConfig(norm="none", width=8), image_size, seed).weights
+    ]
+
+
 def test_two_workers_train_in_a_run_as_one(make_run: MakeRun) -> None:
-    def weights(workers: int) -> Arrays:
+    def trained(workers: int) -> Checkpoint:
         run = make_run(*TEN_SGD_STEPS, profile=(f"profile.train.workers={workers}",))
         carry_out(run, "ingest", "pretrain")
         result = run.require("pretrain")
         assert (result["steps"], result["workers"]) == (10, workers)
         checkpoint = Checkpoint.open(result["checkpoint"])
         assert len(checkpoint.state.history) == 1
-        return [*checkpoint.read("backbone"), *checkpoint.read("head")]
+        return checkpoint
 
-    assert _difference(weights(1), weights(2)) < 1e-5
+    one, two = trained(1), trained(2)
+    for part in ("backbone", "head"):
+        assert _difference(one.read(part), two.read(part)) < 1e-5, part
+    untrained = ray.get(ray.remote(num_cpus=1)(_untrained).remote(one.state.image_size, one.state.seed))
+    assert _difference(one.read("backbone"), untrained) > 10 * 1e-5
 
 
 def _own_processes(name: str) -> list[int]:
