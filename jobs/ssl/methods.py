@@ -1,13 +1,13 @@
 """What a pre-training method is, and which there are. Adding one is one file and its name here.
 
-A method owns the head on top of the backbone and the loss. The step calls `loss` in each worker on that worker's part
-of the global batch; the sum of what the workers return must be the loss of the whole global batch, so that any number
-of workers computes the same gradient.
+A method owns what comes on top of the backbone, and the loss. The step calls `forward` and `loss` in each worker on
+that worker's part of the global batch; the sum of what the workers return must be the loss of the whole global batch,
+so that any number of workers computes the same gradient.
 """
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jobs.training.config import PretrainConfig
 
@@ -23,38 +23,55 @@ METHODS = {
 }
 
 
-class Method(Protocol):
-    """One pre-training method, built inside the strategy's scope."""
+class Method:
+    """One pre-training method on top of a backbone."""
 
-    views: int
+    views = 2
     """Augmented views of each image."""
+    separable = False
+    """Whether the loss is a sum over images that look at no other."""
     head: "keras.Model"
     """Trained with the backbone and left behind after pre-training."""
+    state: "Sequence[keras.Variable]" = ()
+    """What else a checkpoint must hold: variables that no gradient moves, the same on every worker."""
+
+    def __init__(self, config: PretrainConfig, backbone: "keras.Model", classes: int) -> None:
+        """For a data set of `classes`."""
+        self.config, self.backbone = config, backbone
+
+    def forward(self, images: "tf.Tensor") -> Any:
+        """What the loss compares: a tensor or several, one row for each of `images`.
+
+        `images` is uint8 [batch × views, height, width, channel], the views of an image side by side.
+        """
+        return self.head(self.backbone(images, training=True), training=True)
 
     def loss(
-        self,
-        embedding: "tf.Tensor",
-        targets: "tf.Tensor",
-        gather: "Callable[[tf.Tensor], tf.Tensor]",
-        rank: "tf.Tensor",
+        self, outputs: Any, targets: "tf.Tensor", gather: "Callable[[tf.Tensor], tf.Tensor]", rank: "tf.Tensor"
     ) -> "tf.Tensor":
         """This worker's share of the global loss, a scalar.
 
-        `embedding` is float32 [batch × views, dimension], the views of an image side by side; `targets` float32
-        [batch, classes], what a classifier is to answer, zeros for an image without label;
-        `gather` concatenates a tensor over the workers in the order of their ranks, with gradients.
+        `outputs` is what `forward` gave; `targets` float32 [batch, classes], what a classifier is to answer, zeros for
+        an image without label; `gather` concatenates a tensor over the workers in the order of their ranks, with
+        gradients. A separable loss divides by the global batch, whatever part of it comes.
         """
-        ...
+        raise NotImplementedError
+
+    def after_step(self, progress: "tf.Tensor") -> None:
+        """Called in the graph once the weights have moved; `progress` is the share of the training done, 0 to 1."""
 
 
-def build_method(config: PretrainConfig, dimension: int, classes: int) -> Method:
-    """The method that the recipe names, for embeddings of `dimension` and a data set of `classes`."""
-    module, _, name = METHODS[config.method].partition(":")
-    method: Method = getattr(importlib.import_module(module), name)(config, dimension, classes)
-    return method
+def build_method(config: PretrainConfig, backbone: "keras.Model", classes: int) -> Method:
+    """The method that the recipe names, for a data set of `classes`."""
+    return _class_of(config)(config, backbone, classes)
 
 
 def views_of(config: PretrainConfig) -> int:
     """Views of each image that the method wants, without building it."""
+    return _class_of(config).views
+
+
+def _class_of(config: PretrainConfig) -> type[Method]:
     module, _, name = METHODS[config.method].partition(":")
-    return int(getattr(importlib.import_module(module), name).views)
+    found: type[Method] = getattr(importlib.import_module(module), name)
+    return found

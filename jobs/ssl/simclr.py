@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
+import keras
 import tensorflow as tf
 
+from jobs.ssl.methods import Method
 from jobs.ssl.projection import projection_head
 from jobs.training.config import PretrainConfig
 
 
-class SimCLR:
+class SimCLR(Method):
     """Two views of an image attract each other and repel every other view of the global batch.
 
     NT-Xent, equation 1 of the paper: for a positive pair (i, j) among the 2N views z of the global batch,
@@ -16,18 +18,17 @@ class SimCLR:
     ordered pairs; sim is the cosine. Negatives are gathered across workers.
     """
 
-    views = 2
-
-    def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
+    def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
+        super().__init__(config, backbone, classes)
         self._temperature = config.temperature
         self._pairs = 2 * config.global_batch_size
-        self.head = projection_head(config, dimension)
+        self.head = projection_head(config, backbone.output_shape[-1])
 
     def loss(
-        self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+        self, outputs: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
     ) -> tf.Tensor:
         """See `Method.loss`."""
-        z = tf.math.l2_normalize(self.head(embedding, training=True), axis=-1)
+        z = tf.math.l2_normalize(outputs, axis=-1)
         everyone = gather(z)
         count = tf.shape(z)[0]
         own = tf.range(count) + rank * count

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import keras
 import tensorflow as tf
 
+from jobs.ssl.methods import Method
 from jobs.ssl.projection import both_views, covariance, off_diagonal_energy, projection_head
 from jobs.training.config import PretrainConfig
 
@@ -13,7 +15,7 @@ EPSILON = 1e-4
 """Keeps the root's gradient finite (section 4.2)."""
 
 
-class VICReg:
+class VICReg(Method):
     """Two views agree, every dimension varies, and no two dimensions say the same.
 
     Equation 6: invariance_weight * s(Z, Z') + variance_weight * (v(Z) + v(Z')) + covariance_weight * (c(Z) + c(Z')).
@@ -23,17 +25,16 @@ class VICReg:
     5 sums over the dimensions. All statistics are of the global batch.
     """
 
-    views = 2
-
-    def __init__(self, config: PretrainConfig, dimension: int, classes: int) -> None:
+    def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
+        super().__init__(config, backbone, classes)
         self._weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
-        self.head = projection_head(config, dimension)
+        self.head = projection_head(config, backbone.output_shape[-1])
 
     def loss(
-        self, embedding: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
+        self, outputs: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor
     ) -> tf.Tensor:
         """See `Method.loss`."""
-        first, second, share = both_views(self.head(embedding, training=True), gather)
+        first, second, share = both_views(outputs, gather)
         invariance, variance, correlation = self._weights
         value = invariance * tf.reduce_mean(tf.math.squared_difference(first, second))
         for z in (first, second):

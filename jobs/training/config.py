@@ -20,6 +20,9 @@ class PretrainConfig(Section):
     """Ends the run sooner; the schedule is laid out for what is really run."""
     global_batch_size: int = Field(default=256, ge=2)
     """Images a step over all workers (all but supervised see two views of each)."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Pieces in which each worker computes its part of a batch, one after another, to need less memory. The gradient is
+    that of the whole batch, but for what batch normalisation sees; a loss that compares images computes them twice."""
     optimizer: Literal["sgd", "adamw", "lars", "lamb"] = "adamw"
     learning_rate: float = Field(default=1e-3, ge=0)
     """Peak rate at this global batch size, or at `reference_batch_size` where that is given."""

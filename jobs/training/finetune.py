@@ -86,7 +86,7 @@ def finetune(
     import keras
     import tensorflow as tf
 
-    from jobs.training.step import make_step
+    from jobs.training.step import Objective, make_step
 
     backbone = build_backbone(start.model, start.image_size, start.seed)
     if start.weights is not None:
@@ -111,19 +111,21 @@ def finetune(
     # A frozen backbone keeps its statistics too; one in training mode would still move them.
     training = config.unfrozen_stages != 0
 
-    def loss(images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        embedding = backbone(images, training=training)
-        target = targets * (1 - smoothing) + smoothing / classes
-        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, head(embedding, training=True)))
+    def logits(images: tf.Tensor) -> tf.Tensor:
+        return head(backbone(images, training=training), training=True)
 
-    step = make_step(tf.distribute.get_strategy(), loss, optimizer, variables)
+    def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        target = targets * (1 - smoothing) + smoothing / classes
+        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, outputs))
+
+    step = make_step(tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables)
     augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
     for epoch in range(min(epochs or config.epochs, config.epochs)):
         order = np.random.default_rng([start.seed, epoch]).permutation(len(data.labels))
         total = 0.0
         for first in range(0, steps * batch, batch):
             rows = order[first : first + batch]
-            total += float(step(*_batch(data, rows, start, augment, epoch)))
+            total += float(step(*_batch(data, rows, start, augment, epoch))[0])
         if on_epoch is not None:
             on_epoch(epoch + 1, total / steps, classifier)
     return classifier

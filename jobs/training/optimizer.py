@@ -57,27 +57,20 @@ def build_optimizer(
     learning_rate: "float | keras.optimizers.schedules.LearningRateSchedule",
     weight_decay: float,
     momentum: float = 0.9,
-    clip_norm: float | None = None,
 ) -> "keras.optimizers.Optimizer":
     """`sgd` (Nesterov where there is momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
 
-    Decay is decoupled, but for `lars`, whose trust ratio takes it in. `clip_norm` bounds the global norm of the
-    gradient of the whole batch. Gradients that are applied in a replica are summed over all of them first.
+    Decay is decoupled, but for `lars`, whose trust ratio takes it in.
     """
     import keras
 
     from jobs.training.lars import Lars
-    from jobs.training.summed import summed
 
-    settings: dict[str, Any] = {"global_clipnorm": clip_norm}
     if kind == "lars":
-        return summed(Lars)(learning_rate, momentum=momentum, decay=weight_decay, **settings)
-    if kind == "sgd":
-        settings |= {"momentum": momentum, "nesterov": momentum > 0}
+        return Lars(learning_rate, momentum=momentum, decay=weight_decay)
+    settings: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if kind == "sgd" else {}
     classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
-    optimizer: keras.optimizers.Optimizer = summed(classes[kind])(
-        learning_rate, weight_decay=weight_decay or None, **settings
-    )
+    optimizer: keras.optimizers.Optimizer = classes[kind](learning_rate, weight_decay=weight_decay or None, **settings)
     if weight_decay:
         optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
     return optimizer

@@ -1,6 +1,5 @@
 """What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,9 +26,13 @@ from jobs.ssl.probe import knn_accuracy
 from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
-from jobs.training.step import gather, make_average, make_step, make_strategy, replica_rank
+from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
 
 TELL_EVERY_S = 0.5
+
+SKIPPED = FIGURES.index("skipped_steps")
+MOST_SKIPPED, MOST_SKIPPED_SHARE = 5, 0.05
+"""Steps of an epoch that may be skipped for a gradient that is not finite, by number or share, whichever is more."""
 
 CORRUPT_NAMED = 10
 """Images that each worker names in an epoch, of those that could no longer be decoded."""
@@ -72,15 +75,20 @@ class _Worker:
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
         self.schedule = build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
-        with self.strategy.scope():
-            self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
-            self.method = build_method(config, self.backbone.output_shape[-1], len(self.dataset.classes))
-            self.variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
-            self.optimizer = build_optimizer(
-                config.optimizer, self.schedule, config.weight_decay, config.momentum, config.clip_norm
-            )
-            self.optimizer.build(self.variables)
-        self.train_step = make_step(self.strategy, self._loss, self.optimizer, self.variables)
+        self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
+        self.method = build_method(config, self.backbone, len(self.dataset.classes))
+        variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
+        self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
+        self.optimizer.build(variables)
+        self.train_step = make_step(
+            self.strategy,
+            Objective(self.method.forward, self._loss, self.method.separable),
+            self.optimizer,
+            variables,
+            clip_norm=config.clip_norm,
+            micro_batches=config.micro_batches,
+            after=self._after_step,
+        )
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
         self.knn_random: float | None = None
@@ -96,24 +104,24 @@ class _Worker:
             self.knn_random = self.probe.accuracy()
         stream = self._stream()
         ends = self._epoch_ends()
-        losses, since, started, told = tf.constant(0.0), 0, time.monotonic(), time.monotonic()
+        figures, since, started, told = np.zeros(len(FIGURES)), 0, time.monotonic(), time.monotonic()
         for batch in stream:
             # Views are a part of the batch for the model: [batch × views, height, width, channel].
             images = tf.constant(batch.images.reshape(-1, *batch.images.shape[2:]))
-            losses += self.train_step(images, tf.constant(batch.targets(len(self.dataset.classes))))
+            figures += self.train_step(images, tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
             self.step += 1
             since += 1
+            means = _means(figures, since)
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell({"kind": "step", "loss": float(losses) / since})
-            if self.step not in ends:
-                continue
-            loss = float(losses) / since
-            if not math.isfinite(loss):
-                # The loss is the same on every worker: all of them stop here, once the driver knows.
+                self._tell({"kind": "step", "loss": means["loss"]})
+            if figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE):
+                # It is the same figure on every worker: all of them stop here, once the driver knows.
                 self._tell({"kind": "diverged"}, wait=True)
                 return
+            if self.step not in ends:
+                continue
             self.average_statistics()
             elapsed = time.monotonic() - started
             data = self._account(stream, elapsed)
@@ -121,7 +129,7 @@ class _Worker:
                 self._tell({"kind": "corrupt", "count": data["corrupt_images"]}, wait=True)
                 return
             metrics = {
-                "loss": loss,
+                **means,
                 "learning_rate": float(self.schedule(self.step - 1)),
                 **self._probe_metrics(),
                 "images_per_second": since * config.global_batch_size / elapsed,
@@ -132,10 +140,13 @@ class _Worker:
             epoch = round(self.order.epoch_of(self.step))
             if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
                 self._checkpoint(metrics)
-            losses, since, started, stream.account = tf.constant(0.0), 0, time.monotonic(), Account()
+            figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
 
-    def _loss(self, images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        return self.method.loss(self.backbone(images, training=True), targets, gather, replica_rank())
+    def _loss(self, outputs: Any, targets: tf.Tensor) -> tf.Tensor:
+        return self.method.loss(outputs, targets, gather, replica_rank())
+
+    def _after_step(self) -> None:
+        self.method.after_step(tf.cast(self.optimizer.iterations, tf.float32) / self.total_steps)
 
     def _probe_metrics(self) -> dict[str, float]:
         """The probe's accuracy, where the data set has labels to tell it by."""
@@ -306,6 +317,19 @@ class _Probe:
                     out[place] = 0
                     worker.name_corrupt(f"{row['id']} {error}: the probe sees black")
         return out
+
+
+def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:
+    """What the steps of an epoch say together: loss and norm over those that moved the weights, times of a step."""
+    loss, norm, skipped, compute_s, all_reduce_s = figures.tolist()
+    moved = max(1, steps - skipped)
+    return {
+        "loss": loss / moved,
+        "gradient_norm": norm / moved,
+        "skipped_steps": skipped,
+        "compute_s": compute_s / steps,
+        "all_reduce_s": all_reduce_s / steps,
+    }
 
 
 def _moving_statistics(model: keras.Model) -> list[keras.Variable]:

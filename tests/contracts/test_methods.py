@@ -6,7 +6,7 @@ import ray
 
 from jobs.ssl.methods import METHODS
 
-BATCH, DIMENSION, CLASSES = 8, 12, 3
+BATCH, SIZE, CLASSES = 8, 8, 3
 
 
 def _behaviour(name: str) -> dict[str, float]:
@@ -14,35 +14,39 @@ def _behaviour(name: str) -> dict[str, float]:
     import keras
     import tensorflow as tf
 
+    from jobs.model.backbone import build_backbone
+    from jobs.model.config import ModelConfig
     from jobs.ssl.methods import build_method
     from jobs.training.config import PretrainConfig
 
-    keras.utils.set_random_seed(0)
     config = PretrainConfig(method=name, global_batch_size=BATCH, projection_hidden=16, projection_dim=8)
-    method = build_method(config, DIMENSION, CLASSES)
+    backbone = build_backbone(ModelConfig(width=8, stages=1, norm="none"), SIZE, seed=0)
+    method = build_method(config, backbone, CLASSES)
     generator = np.random.default_rng(0)
-    embedding = tf.Variable(generator.normal(size=(BATCH * method.views, DIMENSION)).astype(np.float32))
+    images = tf.constant(generator.integers(0, 256, (BATCH * method.views, SIZE, SIZE, 3)).astype(np.uint8))
     targets = tf.one_hot(generator.integers(0, CLASSES, BATCH), CLASSES)
 
     def whole() -> tf.Tensor:
-        return method.loss(embedding, targets, lambda z: z, tf.constant(0))
+        return method.loss(method.forward(images), targets, lambda z: z, tf.constant(0))
 
     def share(rank: int) -> tf.Tensor:
-        # The other worker's tensor is what this method computes of the other half: gathered before it is needed.
-        rows, half = BATCH * method.views // 2, BATCH // 2
-        gathered: list[tf.Tensor] = []
-        for other in (0, 1):
-            part = embedding[other * rows : (other + 1) * rows]
-            own = targets[other * half : (other + 1) * half]
-            method.loss(part, own, lambda z: (gathered.append(z), z)[1], tf.constant(0))
-        part, own = embedding[rank * rows : (rank + 1) * rows], targets[rank * half : (rank + 1) * half]
-        return method.loss(part, own, lambda z: tf.concat(gathered, 0), tf.constant(rank))
+        # What the workers gather is first seen in each half by itself, then handed to this one call by call.
+        seen: list[list[tf.Tensor]] = []
+        outputs = [method.forward(half) for half in tf.split(images, 2)]
+        halves = tf.split(targets, 2)
+        for output, half in zip(outputs, halves, strict=True):
+            seen.append([])
+            method.loss(output, half, lambda z: (seen[-1].append(z), z)[1], tf.constant(0))
+        everyone = iter([tf.concat(parts, 0) for parts in zip(*seen, strict=True)])
+        return method.loss(outputs[rank], halves[rank], lambda _: next(everyone), tf.constant(rank))
 
     before, halves = float(whole()), float(share(0) + share(1))
+    variables = [v.value for v in (*backbone.trainable_variables, *method.head.trainable_variables)]
+    optimizer = keras.optimizers.Adam(1e-3)
     for _ in range(20):
         with tf.GradientTape() as tape:
             loss = whole()
-        embedding.assign_sub(0.5 * tape.gradient(loss, embedding))
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
     return {"whole": before, "halves": halves, "after": float(whole())}
 
 

@@ -45,6 +45,9 @@ TRAININGS = {
     **{method: {"method": method, "norm": "sync_batch"} for method in METHODS},
     "supervised, no norm": {"method": "supervised", "norm": "none"},
     "supervised, lars, clipped": {"method": "supervised", "norm": "sync_batch", "optimizer": "lars", "clip_norm": 0.5},
+    "simclr, no norm": {"method": "simclr", "norm": "none"},
+    "supervised in pieces": {"method": "supervised", "norm": "none", "micro_batches": 4},
+    "simclr in pieces": {"method": "simclr", "norm": "none", "micro_batches": 4},
 }
 RATES = {"vicreg": 1e-4, "barlow_twins": 1e-4, "lars": 0.1}
 """Others take 2e-3. Steps must be small: large ones enlarge what is rounded, a little more with each."""
@@ -75,23 +78,25 @@ def _train_one(training: dict[str, Any], strategy: Any, rank: int, world: int) -
     from jobs.ssl.methods import build_method
     from jobs.training.config import PretrainConfig
     from jobs.training.optimizer import build_optimizer
-    from jobs.training.step import gather, make_step, replica_rank
+    from jobs.training.step import Objective, gather, make_step, replica_rank
 
     settings = {"optimizer": "sgd", "weight_decay": 1e-3, "projection_hidden": 32, "projection_dim": 16, **training}
     model = ModelConfig(width=8, stages=2, norm=settings.pop("norm"))
     config = PretrainConfig(global_batch_size=BATCH, **settings)
     rate = RATES.get(config.optimizer, RATES.get(config.method, 2e-3))
-    with strategy.scope():
-        backbone = build_backbone(model, SIZE, seed=0)
-        method = build_method(config, backbone.output_shape[-1], CLASSES)
-        variables = [*backbone.trainable_variables, *method.head.trainable_variables]
-        optimizer = build_optimizer(config.optimizer, rate, config.weight_decay, config.momentum, config.clip_norm)
-        optimizer.build(variables)
+    backbone = build_backbone(model, SIZE, seed=0)
+    method = build_method(config, backbone, CLASSES)
+    variables = [*backbone.trainable_variables, *method.head.trainable_variables]
+    optimizer = build_optimizer(config.optimizer, rate, config.weight_decay, config.momentum)
+    optimizer.build(variables)
 
-    def loss(images: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        return method.loss(backbone(images, training=True), targets, gather, replica_rank())
+    def loss(outputs: Any, targets: tf.Tensor) -> tf.Tensor:
+        return method.loss(outputs, targets, gather, replica_rank())
 
-    step = make_step(strategy, loss, optimizer, variables)
+    objective = Objective(method.forward, loss, method.separable)
+    step = make_step(
+        strategy, objective, optimizer, variables, clip_norm=config.clip_norm, micro_batches=config.micro_batches
+    )
     before = [variable.numpy() for variable in variables]
     generator = np.random.default_rng(0)
     for _ in range(STEPS):
@@ -141,6 +146,9 @@ def test_many_workers_give_the_weights_of_one_with_the_whole_batch(ray_cluster: 
                 f"{name}: 1 and {world} workers differ by {difference:.1e}, {STEPS} steps moved weights by {moved:.1e}"
             )
             assert difference < 1e-5, (name, world)
+    for method in ("supervised", "simclr"):
+        pieces, whole = weights(f"{method} in pieces-1-0"), weights(f"{method}, no norm-1-0")
+        assert _difference(pieces, whole) < 1e-5, method
 
 
 def _untrained(image_size: int, seed: int) -> Arrays:
