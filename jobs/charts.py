@@ -71,54 +71,6 @@ class Sheet:
     marked: frozenset[int] = frozenset()
 
 
-def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
-    """Loss, learning rate, kNN accuracy and throughput of pre-training, by step."""
-    history = result["history"]
-    steps = [record["step"] for record in history]
-    resumed = result["resumed_from_steps"]
-
-    def curve(axes: Any, name: str, label: str, color: str, factor: float = 1.0) -> None:
-        marker = "o" if len(steps) <= 40 else None
-        axes.plot(steps, [factor * record[name] for record in history], color=color, marker=marker)
-        axes.set_ylabel(label)
-        for step in resumed:
-            axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
-
-    def loss(figure: Any) -> None:
-        axes = _axes(figure, STEP_LABEL)
-        curve(axes, "loss", "training loss (nats)", BLUE)
-
-    def learning_rate(figure: Any) -> None:
-        axes = _axes(figure, STEP_LABEL)
-        curve(axes, "learning_rate", "learning rate", BLUE)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
-        axes.set_ylim(bottom=0)
-
-    def knn(figure: Any) -> None:
-        axes = _axes(figure, STEP_LABEL)
-        curve(axes, "knn_accuracy", "kNN accuracy (%)", BLUE, 100)
-        axes.axhline(100 * result["knn_random"], color=VERMILION, linestyle="--")
-        _legend(figure, [("pre-trained backbone", BLUE, "-", "o"), ("random backbone", VERMILION, "--", "")])
-
-    def throughput(figure: Any) -> None:
-        speed, waiting = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        curve(speed, "images_per_second", "images/s", BLUE)
-        curve(waiting, "data_wait_share", "waiting\nfor data (%)", VERMILION, 100)
-        for axes in (speed, waiting):
-            axes.set_ylim(bottom=0)
-        _whole_numbers(waiting)
-        waiting.set_xlabel(STEP_LABEL)
-
-    dotted = "; dotted: where it went on after an interruption" if resumed else ""
-    labelled = result["knn_random"] is not None
-    return [
-        draw_chart(f"Loss, mean of each epoch{dotted}", loss),
-        draw_chart("Learning rate at the end of each epoch", learning_rate),
-        *([draw_chart("kNN accuracy of the frozen features on validation images", knn)] if labelled else []),
-        draw_chart("Throughput of all workers, and the share of time in which they waited for images", throughput),
-    ]
-
-
 def best_accuracy(trial: Mapping[str, Any]) -> float | None:
     """The best validation accuracy of any epoch of a trial; None where it reported none."""
     return max(trial["curve"], default=None)
@@ -135,7 +87,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
     present = {state_name(trial) for trial in trials}
 
     def paint(figure: Any) -> None:
-        axes = _axes(figure, "trial number")
+        axes = axes_of(figure, "trial number")
         axes.set_ylabel("best validation accuracy (%)")
         for name, search in searches.items():
             numbers: list[float] = []
@@ -155,7 +107,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
                 axes.plot(number, 100 * best, color=color, **marker)
             axes.plot(numbers, running, color=color, drawstyle="steps-post", linewidth=1.4)
         lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
-        _legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
+        legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
 
     return draw_chart("Best accuracy of each trial, in the order in which they began", paint)
 
@@ -167,7 +119,7 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
 
     def chart(name: str, search: Mapping[str, Any]) -> Chart:
         def paint(figure: Any) -> None:
-            axes = _axes(figure, "epoch (passes over the labelled images)")
+            axes = axes_of(figure, "epoch (passes over the labelled images)")
             axes.set_ylabel("validation accuracy (%)")
             axes.set_ylim(*limits)
             color, winner = SEARCH_COLORS[name], search["best"]["number"]
@@ -180,7 +132,7 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
                 axes.plot(len(curve), curve[-1], **look, **_MARKERS[state_name(trial)])
             ends = {state_name(trial) for trial in trials}
             states = [(state, GREY, "", state) for state in _MARKERS if state in ends]
-            _legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
+            legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
 
         return draw_chart(f"Learning curves, {SEARCH_NAMES[name]}", paint)
 
@@ -292,20 +244,22 @@ def shortened(name: str) -> str:
     return name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…"
 
 
-def _axes(figure: Any, x_label: str) -> Any:
+def axes_of(figure: Any, x_label: str) -> Any:
+    """One pair of axes, whose x counts something."""
     axes = figure.subplots()
     axes.set_xlabel(x_label)
-    _whole_numbers(axes)
+    whole_numbers(axes)
     return axes
 
 
-def _whole_numbers(axes: Any) -> None:
+def whole_numbers(axes: Any) -> None:
+    """No fractions along x."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
+def legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
     """Put a legend above the axes; an entry is text, colour, line style and marker or state of a trial."""
     from matplotlib.lines import Line2D
 

@@ -52,12 +52,13 @@ def run_stage(run: Run) -> dict[str, Any]:
             "name the labels (data.label_column), or take a method that needs none"
         )
     with Tracker(run) as tracker:
-        checkpoint, weights_sha256 = _train(run, config, dataset, tracker)
+        checkpoint, weights_sha256, drawn = _train(run, config, dataset, tracker)
     state = checkpoint.state
     last = state.history[-1]
     probe = "no labels to probe it by"
-    if state.knn_random is not None:
-        probe = f"kNN {last['knn_accuracy']:.1%}, random backbone {state.knn_random:.1%}"
+    knn_random = state.untrained.get("knn_accuracy")
+    if knn_random is not None:
+        probe = f"kNN {last['knn_accuracy']:.1%}, random backbone {knn_random:.1%}"
     run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
@@ -66,7 +67,9 @@ def run_stage(run: Run) -> dict[str, Any]:
         "steps": state.step,
         "weights_sha256": weights_sha256,
         "knn_pretrained": last.get("knn_accuracy"),
-        "knn_random": state.knn_random,
+        "knn_random": knn_random,
+        "untrained": state.untrained,
+        "map": {**drawn, "classes": dataset.classes},
         "images_per_second": last["images_per_second"],
         **{name: last[name] for name in ("data_wait_share", "bytes_read", "cache_hit_share", "corrupt_images")},
         "resumed_from_steps": state.resumed_from,
@@ -74,8 +77,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker) -> tuple[Checkpoint, str]:
-    """The last checkpoint, and the hash of its weights."""
+def _train(
+    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker
+) -> tuple[Checkpoint, str, dict[str, Any]]:
+    """The last checkpoint, the hash of its weights, and the map of the features."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -86,6 +91,7 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
     order = training_order(dataset, run.recipe.section(DataConfig), run.recipe.seed, config.global_batch_size)
     steps = total_steps(order, config)
     stopped: list[Event] = []
+    drawn: dict[str, Any] = {}
     with run.progress.task("pre-train", steps * config.global_batch_size, "images") as task:
 
         def handle(event: Event) -> None:
@@ -94,6 +100,8 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
                 stopped.append({"kind": kind, "step": step, **event})
             elif kind == "corrupt_image":
                 run.progress.say(f"  image {event['text']}")
+            elif kind == "map":
+                drawn.update(event)
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
@@ -137,7 +145,7 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
         )
     if result.metrics is None or result.metrics["step"] != steps:
         raise RuntimeError(f"pre-training ended before its {steps} steps: {result.metrics}")
-    return Checkpoint.open(result.checkpoint.path), result.metrics["weights_sha256"]
+    return Checkpoint.open(result.checkpoint.path), result.metrics["weights_sha256"], drawn
 
 
 def _worker_function(settings: dict[str, Any]) -> None:

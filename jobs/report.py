@@ -15,6 +15,7 @@ import yaml
 from cluster import catalog
 from cluster.run import Run, write_atomic
 from jobs import charts
+from jobs.pretraining_charts import feature_map, pretraining_charts
 from jobs.results import alias, points, searches
 
 MAX_EXAMPLES = 60
@@ -128,7 +129,8 @@ def _pretraining(run: Run) -> str:
     went_on = ", ".join(f"{step:,}" for step in result["resumed_from_steps"])
     line = f"{result['method']}, {result['steps']:,} steps on {result['workers']} workers"
     line += f", went on from the checkpoints of steps {went_on}" if went_on else ""
-    return f"<p>{escape(line)}</p>{figures(charts.pretraining_charts(result))}"
+    drawn = figures(pretraining_charts(result)) + figures(feature_map(result))
+    return f"<p>{escape(line)}</p>{drawn}"
 
 
 def _search(run: Run) -> str:

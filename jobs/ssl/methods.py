@@ -57,6 +57,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def project(self, embeddings: "tf.Tensor") -> "tf.Tensor":
+        """What the probe watches beside the backbone: [n, dimension] in which the loss compares images."""
+        return self.head(embeddings, training=False)
+
     def after_step(self, progress: "tf.Tensor") -> None:
         """Called in the graph once the weights have moved; `progress` is the share of the training done, 0 to 1."""
 

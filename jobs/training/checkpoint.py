@@ -39,8 +39,8 @@ class State:
     global_batch_size: int
     fingerprint: str
     """Of the data set."""
-    knn_random: float | None
-    """kNN accuracy of the untrained backbone."""
+    untrained: dict[str, float]
+    """The probe's figures of the untrained network."""
     history: list[dict[str, float]]
     """Figures at the end of each epoch so far."""
     resumed_from: list[int]

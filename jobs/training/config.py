@@ -11,6 +11,22 @@ if TYPE_CHECKING:
     from jobs.data.order import Order
 
 
+class SentinelConfig(Section):
+    """What watches pre-training, and what it does about a run that no longer learns.
+
+    A collapse (the features die) or gradients that are no longer finite send the run back to its last checkpoint, with
+    a lower learning rate that rises anew.
+    """
+
+    watch: bool = True
+    remedies: int = Field(default=2, ge=0)
+    """Times that it may go back; then the run ends and says what was seen."""
+    learning_rate_factor: float = Field(default=0.3, gt=0, le=1)
+    """Of each remedy, on the rest of the schedule."""
+    warmup_steps: int = Field(default=50, ge=0)
+    """Of the rise to the lower rate."""
+
+
 class PretrainConfig(Section):
     """Distributed pre-training."""
 
@@ -49,6 +65,7 @@ class PretrainConfig(Section):
     projection_dim: int = Field(default=64, ge=2)
     """Width of the hidden and of the last layer of the projection head of self-supervised methods."""
     augment: AugmentConfig = AugmentConfig()
+    sentinel: SentinelConfig = SentinelConfig()
     checkpoint_every_epochs: int = Field(default=1, ge=1)
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the run gives up."""

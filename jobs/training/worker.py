@@ -16,21 +16,21 @@ import tensorflow as tf
 from cluster.profile import DataResources, TrainResources
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
-from jobs.data.decode import DecodeError, decode_to_size
 from jobs.data.order import training_order
-from jobs.data.stream import Account, TrainStream, Views, stratified_rows
+from jobs.data.stream import Account, TrainStream, Views
 from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
-from jobs.ssl.probe import knn_accuracy
+from jobs.ssl.sentinel import collapse_sign
 from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
+from jobs.training.probing import Networks, Probe
 from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
 
 TELL_EVERY_S = 0.5
 
-SKIPPED = FIGURES.index("skipped_steps")
+SKIPPED, TIMES = FIGURES.index("skipped_steps"), slice(FIGURES.index("compute_s"), None)
 MOST_SKIPPED, MOST_SKIPPED_SHARE = 5, 0.05
 """Steps of an epoch that may be skipped for a gradient that is not finite, by number or share, whichever is more."""
 
@@ -71,6 +71,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.dataset = Dataset.open(assignment.dataset)
+        self.views = Views(assignment.data.image_size, views_of(config), config.augment, assignment.seed)
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
@@ -91,17 +92,25 @@ class _Worker:
         )
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
-        self.knn_random: float | None = None
+        self.untrained: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
         self._restore()
-        self.probe = _Probe(self)
+        self.probe = Probe(
+            self.strategy,
+            Networks(self.backbone, self.method.project),
+            self.dataset,
+            self.views,
+            config,
+            (self.rank, self.world),
+            self.name_corrupt,
+        )
 
     def run(self) -> None:
         """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
         config, assignment = self.config, self.assignment
         if self.step == 0:
-            self.knn_random = self.probe.accuracy()
+            self.untrained = self.probe.figures()
         stream = self._stream()
         ends = self._epoch_ends()
         figures, since, started, told = np.zeros(len(FIGURES)), 0, time.monotonic(), time.monotonic()
@@ -124,15 +133,17 @@ class _Worker:
                 continue
             self.average_statistics()
             elapsed = time.monotonic() - started
-            data = self._account(stream, elapsed)
+            data = self._account(stream, figures, since, elapsed)
             if data["corrupt_images"] > assignment.data.max_corrupt_share * since * config.global_batch_size:
                 self._tell({"kind": "corrupt", "count": data["corrupt_images"]}, wait=True)
+                return
+            probed = self.probe.figures()
+            if self._collapsed(probed):
                 return
             metrics = {
                 **means,
                 "learning_rate": float(self.schedule(self.step - 1)),
-                **self._probe_metrics(),
-                "images_per_second": since * config.global_batch_size / elapsed,
+                **probed,
                 **data,
             }
             self.history.append({"step": self.step, **metrics})
@@ -141,6 +152,7 @@ class _Worker:
             if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
                 self._checkpoint(metrics)
             figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
+        self._tell({"kind": "map", **self.probe.map()}, wait=True)
 
     def _loss(self, outputs: Any, targets: tf.Tensor) -> tf.Tensor:
         return self.method.loss(outputs, targets, gather, replica_rank())
@@ -148,37 +160,48 @@ class _Worker:
     def _after_step(self) -> None:
         self.method.after_step(tf.cast(self.optimizer.iterations, tf.float32) / self.total_steps)
 
-    def _probe_metrics(self) -> dict[str, float]:
-        """The probe's accuracy, where the data set has labels to tell it by."""
-        accuracy = self.probe.accuracy()
-        return {} if accuracy is None else {"knn_accuracy": accuracy}
+    def _collapsed(self, probed: dict[str, float]) -> bool:
+        """Whether worker 0 sees a collapse, which it tells the driver; every worker asks at the same step."""
+        sign = collapse_sign(self.untrained, probed) if self.rank == 0 and self.config.sentinel.watch else None
+        if sign is not None:
+            self._tell({"kind": "collapsed", "sign": sign}, wait=True)
+        return bool(self._gather_ints([sign is not None]).any())
 
     def _stream(self) -> TrainStream:
-        assignment = self.assignment
-        views = Views(assignment.data.image_size, views_of(self.config), self.config.augment, assignment.seed)
         return TrainStream(
             self.dataset,
             self.order,
-            views,
+            self.views,
             self.rank,
             self.world,
             self.step,
             self.total_steps,
-            assignment.data_resources,
+            self.assignment.data_resources,
         )
 
-    def _account(self, stream: TrainStream, elapsed: float) -> dict[str, float]:
-        """What all workers' streams did since the last epoch's end; every worker calls it at the same step."""
+    def _account(
+        self, stream: TrainStream, figures: np.ndarray[Any, Any], steps: int, elapsed: float
+    ) -> dict[str, float]:
+        """What all workers and their streams did since the last epoch's end; every worker calls it at the same step.
+
+        Seconds are of a step, the mean of all workers, and of the slowest one.
+        """
         account = stream.account
         for text in account.corrupt[:CORRUPT_NAMED]:
             self.name_corrupt(f"{text}: another stood in for it")
-        own = (len(account.corrupt), account.bytes_read // 1024, account.groups_read, account.groups_cached)
-        waited_ms = round(1000 * account.waited_s)
-        corrupt, kib, read, cached, waited_ms = (
-            self._gather_ints([*own, waited_ms]).sum(axis=0, dtype=np.int64).tolist()
-        )
+        counts = (len(account.corrupt), account.bytes_read // 1024, account.groups_read, account.groups_cached)
+        times = (round(1000 * seconds) for seconds in (account.waited_s, *figures[TIMES]))
+        everyone = self._gather_ints([*counts, *times]).astype(np.int64)
+        corrupt, kib, read, cached, *_ = everyone.sum(axis=0).tolist()
+        waited, compute, all_reduce = (everyone[:, len(counts) :].mean(axis=0) / 1000).tolist()
         return {
-            "data_wait_share": waited_ms / 1000 / self.world / elapsed,
+            "compute_s": compute / steps,
+            "slowest_compute_s": float(everyone[:, -2].max()) / 1000 / steps,
+            "all_reduce_s": all_reduce / steps,
+            "input_s": waited / steps,
+            "data_wait_share": waited / elapsed,
+            "images_per_second": steps * self.config.global_batch_size / elapsed,
+            "images_per_second_per_worker": steps * self.config.global_batch_size / elapsed / self.world,
             "bytes_read": kib * 1024,
             "cache_hit_share": cached / max(1, read + cached),
             "corrupt_images": corrupt,
@@ -203,7 +226,7 @@ class _Worker:
             assign(self.method.head.weights, checkpoint.read("head"), "head")
             assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
         self.step = checkpoint.state.step
-        self.knn_random, self.history = checkpoint.state.knn_random, checkpoint.state.history
+        self.untrained, self.history = checkpoint.state.untrained, checkpoint.state.history
         self.resumed_from = [*checkpoint.state.resumed_from, self.step]
         self._tell({"kind": "resumed"})
 
@@ -225,7 +248,7 @@ class _Worker:
             method=self.config.method,
             global_batch_size=self.config.global_batch_size,
             fingerprint=self.dataset.fingerprint,
-            knn_random=self.knn_random,
+            untrained=self.untrained,
             history=self.history,
             resumed_from=self.resumed_from,
         )
@@ -253,83 +276,11 @@ class _Worker:
                 ray.get(told)
 
 
-class _Probe:
-    """kNN accuracy of the frozen backbone; the workers share the images and the work."""
-
-    def __init__(self, worker: _Worker) -> None:
-        self._worker = worker
-        config, seed = worker.config, worker.assignment.seed
-        images, self._labels = [], []
-        for split, count in (("train", config.knn_train_images), ("validation", config.knn_test_images)):
-            labels = worker.dataset.labels(split)
-            rows = stratified_rows(labels, count, seed)
-            self._labels.append(labels[rows])
-            images.append((split, rows))
-        self._batch = max(1, 256 // worker.world)
-        # Every worker takes every world-th image, and all the same number of batches: an exchange needs them all.
-        everything = [(split, row) for split, rows in images for row in rows.tolist()]
-        self._labelled = all(len(rows) for _, rows in images)
-        if not self._labelled:
-            return
-        padding = -len(everything) % (self._batch * worker.world)
-        own = (everything + everything[:1] * padding)[worker.rank :: worker.world]
-        self._images = self._decode(own)
-
-        @tf.function
-        def features(batch: tf.Tensor) -> tf.Tensor:
-            return worker.strategy.run(lambda x: gather(worker.backbone(x, training=False)), args=(batch,))
-
-        self._features = features
-
-    def accuracy(self) -> float | None:
-        """To be called by every worker at the same step; the figure is worker 0's. None without labels."""
-        if not self._labelled:
-            return None
-        worker, parts = self._worker, []
-        for start in range(0, len(self._images), self._batch):
-            gathered = self._features(tf.constant(self._images[start : start + self._batch]))
-            values = np.asarray(worker.strategy.experimental_local_results(gathered)[0])
-            # Rows came as [worker, batch]; the images were dealt out one by one.
-            parts.append(values.reshape(worker.world, self._batch, -1).swapaxes(0, 1).reshape(len(values), -1))
-        if worker.rank != 0:
-            return 0.0
-        features = np.concatenate(parts)
-        memory, queries = (len(labels) for labels in self._labels)
-        return knn_accuracy(
-            features[:memory],
-            self._labels[0],
-            features[memory : memory + queries],
-            self._labels[1],
-            worker.config.knn_neighbors,
-        )
-
-    def _decode(self, items: list[tuple[str, int]]) -> np.ndarray[Any, Any]:
-        worker = self._worker
-        size = worker.assignment.data.image_size
-        out = np.empty((len(items), size, size, 3), np.uint8)
-        for split in {split for split, _ in items}:
-            places = [place for place, item in enumerate(items) if item[0] == split]
-            table = worker.dataset.read(split, [items[place][1] for place in places], ["id", "image"])
-            for place, row in zip(places, table.to_pylist(), strict=True):
-                try:
-                    out[place] = decode_to_size(row["image"], size)
-                except DecodeError as error:
-                    out[place] = 0
-                    worker.name_corrupt(f"{row['id']} {error}: the probe sees black")
-        return out
-
-
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:
-    """What the steps of an epoch say together: loss and norm over those that moved the weights, times of a step."""
-    loss, norm, skipped, compute_s, all_reduce_s = figures.tolist()
+    """What the steps of an epoch say together: loss and norm are means over those that moved the weights."""
+    loss, norm, skipped = figures[: SKIPPED + 1].tolist()
     moved = max(1, steps - skipped)
-    return {
-        "loss": loss / moved,
-        "gradient_norm": norm / moved,
-        "skipped_steps": skipped,
-        "compute_s": compute_s / steps,
-        "all_reduce_s": all_reduce_s / steps,
-    }
+    return {"loss": loss / moved, "gradient_norm": norm / moved, "skipped_steps": skipped}
 
 
 def _moving_statistics(model: keras.Model) -> list[keras.Variable]:

@@ -76,15 +76,26 @@ def search(name: str, initial: str, shift: float) -> dict[str, Any]:
     return {"initial": initial, **common, "best": best, "history": history}
 
 
+UNTRAINED = {
+    "knn_accuracy": 0.5,
+    "embedding_spread": 0.2,
+    "embedding_rank": 20.0,
+    "alignment": 0.1,
+    "uniformity": -0.2,
+}
+
+
 def results(storage: Path) -> dict[str, dict[str, Any]]:
     epochs = [
         {
             "step": step,
             "loss": 5 - step / 10,
             "learning_rate": 1e-3,
-            "knn_accuracy": 0.5 + step / 100,
+            "gradient_norm": 1.0,
             "images_per_second": 900.0,
             "data_wait_share": 0.01,
+            **dict.fromkeys(("compute_s", "all_reduce_s", "input_s"), 0.01),
+            **{name: value + step / 100 for name, value in UNTRAINED.items()},
         }
         for step in (10, 20, 30)
     ]
@@ -111,6 +122,8 @@ def results(storage: Path) -> dict[str, dict[str, Any]]:
             "weights_sha256": "e" * 64,
             "knn_pretrained": 0.8,
             "knn_random": 0.5,
+            "untrained": UNTRAINED,
+            "map": {"points": [[0.0, 1.0], [2.0, 3.0], [1.0, 0.5]], "labels": [0, 1, 1], "classes": CLASSES},
             "images_per_second": 900.0,
             "data_wait_share": 0.01,
             "resumed_from_steps": [20],
@@ -204,8 +217,8 @@ def printed(run: Run, width: int = 100) -> str:
 
 def test_the_report_of_a_whole_run_has_every_section(page: Page) -> None:
     assert set(page.headings) == SECTIONS["deploy"]
-    # Four of pre-training, the search and a chart of curves for each start, the confusion matrix.
-    assert sum(tag == "svg" for tag, _ in page.elements) == 8
+    # Nine of pre-training, the search and a chart of curves for each start, the confusion matrix.
+    assert sum(tag == "svg" for tag, _ in page.elements) == 13
     assert sum(tag == "img" for tag, _ in page.elements) == 5
     for text in (
         "60.0%",
@@ -230,7 +243,7 @@ def test_a_stage_that_has_not_run_leaves_no_section(make_finished: MakeFinished,
 
 def test_every_chart_names_its_axes(page: Page) -> None:
     for label in (
-        "training loss (nats)",
+        "training loss",
         "learning rate",
         "kNN accuracy (%)",
         "images/s",
