@@ -34,6 +34,9 @@ class TrainResources(Section):
     """One replica a worker; more GPUs mean more workers."""
     threads_per_worker: int = Field(default=1, ge=1)
     """TensorFlow's threads in each worker."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What layers compute in; weights and losses stay float32, and float16 gets loss scaling. auto: bfloat16 on GPUs,
+    float32 elsewhere."""
 
 
 class DataResources(Section):

@@ -60,17 +60,21 @@ def build_optimizer(
 ) -> "keras.optimizers.Optimizer":
     """`sgd` (Nesterov where there is momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
 
-    Decay is decoupled, but for `lars`, whose trust ratio takes it in.
+    Decay is decoupled, but for `lars`, whose trust ratio takes it in. Where layers compute in float16 it is a
+    `LossScaleOptimizer`, which takes gradients of a loss that it has scaled.
     """
     import keras
 
     from jobs.training.lars import Lars
 
     if kind == "lars":
-        return Lars(learning_rate, momentum=momentum, decay=weight_decay)
-    settings: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if kind == "sgd" else {}
-    classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
-    optimizer: keras.optimizers.Optimizer = classes[kind](learning_rate, weight_decay=weight_decay or None, **settings)
-    if weight_decay:
-        optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
+        optimizer: keras.optimizers.Optimizer = Lars(learning_rate, momentum=momentum, decay=weight_decay)
+    else:
+        settings: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if kind == "sgd" else {}
+        classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
+        optimizer = classes[kind](learning_rate, weight_decay=weight_decay or None, **settings)
+        if weight_decay:
+            optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
+    if keras.config.dtype_policy().compute_dtype == "float16":
+        return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer

@@ -58,7 +58,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     from jobs.training.device import set_up_tensorflow
 
     assignment = Assignment(**settings["assignment"])
-    set_up_tensorflow(assignment.train.threads_per_worker, assignment.train.gpus_per_worker)
+    train = assignment.train
+    set_up_tensorflow(train.threads_per_worker, train.gpus_per_worker, train.precision)
     _Worker(assignment).run()
 
 

@@ -1,0 +1,88 @@
+"""The training step by itself: what it does with gradients that are too long, not finite, or out of float16's range."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+
+def _train(precision: str, factors: list[float], clip_norm: float | None = None) -> dict[str, list[float]]:
+    """Steps of a small network whose loss is multiplied by each of the factors: what each tells and leaves."""
+    import keras
+    import tensorflow as tf
+
+    from jobs.training.device import set_up_tensorflow
+    from jobs.training.optimizer import build_optimizer
+    from jobs.training.step import FIGURES, Objective, make_step
+
+    set_up_tensorflow(1, 0, precision)
+    keras.utils.set_random_seed(0)
+    network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
+    optimizer = build_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.0)
+    optimizer.build(network.trainable_variables)
+
+    def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+        errors = tf.math.squared_difference(tf.cast(outputs, tf.float32), targets[:, :3])
+        return tf.reduce_mean(errors) * targets[0, 3]
+
+    step = make_step(
+        tf.distribute.get_strategy(),
+        Objective(lambda inputs: network(inputs, training=True), loss),
+        optimizer,
+        network.trainable_variables,
+        clip_norm=clip_norm,
+    )
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(16, 4)).astype(np.float32)
+    wanted = generator.normal(size=(16, 4)).astype(np.float32)
+    told: dict[str, list[float]] = {"moved": [], "scale": [], **{name: [] for name in FIGURES}}
+    for factor in factors:
+        before = [variable.numpy() for variable in network.trainable_variables]
+        wanted[:, 3] = factor
+        for name, value in zip(FIGURES, step(tf.constant(inputs), tf.constant(wanted)).numpy(), strict=True):
+            told[name].append(float(value))
+        moves = [v.numpy() - b for v, b in zip(network.trainable_variables, before, strict=True)]
+        told["moved"].append(float(np.sqrt(sum((move**2).sum() for move in moves))))
+        if precision == "float16":
+            told["scale"].append(float(optimizer.dynamic_scale))
+    return told
+
+
+@pytest.fixture(scope="module")
+def told(ray_cluster: None) -> dict[str, dict[str, list[float]]]:
+    """Float16 has a process of its own: the precision is the process's."""
+    task: Any = ray.remote(num_cpus=1, max_calls=1)(_train)
+    runs = {
+        "not finite": task.remote("float32", [1.0, float("nan"), 1.0]),
+        "clipped": task.remote("float32", [1.0, 100.0], 0.5),
+        "float16": task.remote("float16", [1.0, 1e6, 1.0]),
+    }
+    return {name: ray.get(reference) for name, reference in runs.items()}
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(told: dict[str, dict[str, list[float]]]) -> None:
+    run = told["not finite"]
+    assert run["skipped_steps"] == [0, 1, 0]
+    assert run["moved"][1] == run["loss"][1] == run["gradient_norm"][1] == 0
+    assert run["moved"][2] > 0
+
+
+def test_a_long_gradient_is_shortened_to_the_bound(told: dict[str, dict[str, list[float]]]) -> None:
+    run = told["clipped"]
+    assert run["gradient_norm"][1] > 0.5
+    assert run["moved"][1] == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_float16_scales_the_loss_less_where_it_overflowed(told: dict[str, dict[str, list[float]]]) -> None:
+    run = told["float16"]
+    assert run["skipped_steps"] == [0, 1, 0]
+    assert run["scale"][1] == run["scale"][0] / 2
+    assert run["moved"][1] == 0 < run["moved"][2]
+    # The scale is taken out of what is told.
+    assert run["gradient_norm"][0] == pytest.approx(told["not finite"]["gradient_norm"][0], rel=0.01)
+
+
+def test_the_time_of_a_step_is_told(told: dict[str, dict[str, list[float]]]) -> None:
+    assert all(seconds > 0 for seconds in told["clipped"]["compute_s"])
+    assert told["clipped"]["all_reduce_s"] == [0, 0]
