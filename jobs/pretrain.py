@@ -3,13 +3,16 @@
     helio pretrain cifar10 data.source=cifar10_train
     helio pretrain quickstart pretrain.epochs=2
 
-Ray Train starts the workers and starts them anew from the last checkpoint when one is lost; `jobs.training.worker` is
-what each of them runs. A run that is resumed goes on from its last checkpoint.
+Ray Train starts the workers and starts them anew when one is lost; `jobs.training.worker` is what each of them runs.
+They, and a run that is resumed, go on from the run's newest checkpoint that is whole (`jobs.training.keeper`).
 """
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
-from cluster.errors import DataError, HelioError
+from cluster.errors import CheckpointError, DataError, HelioError
 from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
@@ -22,8 +25,7 @@ from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
-
-CHECKPOINTS_KEPT = 2
+from jobs.training.keeper import CheckpointStore
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
@@ -51,9 +53,16 @@ def run_stage(run: Run) -> dict[str, Any]:
             f"pretrain.method=supervised needs one label for each image, the data set is {dataset.manifest['task']}: "
             "name the labels (data.label_column), or take a method that needs none"
         )
+    labelled = all((dataset.labels(split) >= 0).any() for split in ("train", "validation"))
+    if config.keep_best == "knn_accuracy" and not labelled:
+        raise DataError(
+            "pretrain.keep_best=knn_accuracy needs labelled images in training and validation split, one has none: "
+            "take loss"
+        )
+    store = CheckpointStore(_checkpoints(run), _training(run, dataset), run.progress.say)
     with Tracker(run) as tracker:
-        checkpoint, weights_sha256 = _train(run, config, dataset, tracker)
-    state = checkpoint.state
+        checkpoint = _train(run, config, dataset, tracker, store)
+    state, best = checkpoint.state, store.best(config.keep_best)
     last = state.history[-1]
     probe = "no labels to probe it by"
     if state.knn_random is not None:
@@ -61,10 +70,11 @@ def run_stage(run: Run) -> dict[str, Any]:
     run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
+        "best_checkpoint": str((best or checkpoint).directory),
         "method": config.method,
         "workers": resources.workers,
         "steps": state.step,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": state.weights_sha256,
         "knn_pretrained": last.get("knn_accuracy"),
         "knn_random": state.knn_random,
         "images_per_second": last["images_per_second"],
@@ -74,9 +84,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker) -> tuple[Checkpoint, str]:
-    """The last checkpoint, and the hash of its weights."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, store: CheckpointStore) -> Checkpoint:
+    """Train to the last step. The last checkpoint."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -90,10 +100,12 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
 
         def handle(event: Event) -> None:
             kind, step = event.pop("kind"), event.pop("step")
-            if kind in ("diverged", "corrupt"):
+            if kind in ("diverged", "corrupt", "stopped"):
                 stopped.append({"kind": kind, "step": step, **event})
             elif kind == "corrupt_image":
                 run.progress.say(f"  image {event['text']}")
+            elif kind == "notice":
+                run.progress.say(event["text"])
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
@@ -109,21 +121,21 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
                     use_gpu=resources.gpus_per_worker > 0,
                     resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
                 ),
-                # The same place and name find the checkpoints of an earlier attempt.
                 run_config=RunConfig(
                     name="pretrain",
                     storage_path=str(run.directory),
                     failure_config=FailureConfig(max_failures=config.max_failures),
-                    checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
                 ),
             )
             try:
-                result = interruptible(trainer.fit)
+                interruptible(trainer.fit)
             except TrainingFailedError as error:
                 raise HelioError(
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "
                     f"{_last_line(error)}"
                 ) from error
+    if stopped and stopped[0]["kind"] == "stopped":
+        raise CheckpointError(stopped[0]["text"])
     if stopped and stopped[0]["kind"] == "corrupt":
         raise DataError(
             f"{stopped[0]['count']:,} images of the epoch that ended at step {stopped[0]['step']:,} cannot be decoded, "
@@ -135,9 +147,11 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker)
             f"the loss was no longer a number at step {stopped[0]['step']}: lower pretrain.learning_rate "
             f"({config.learning_rate:g}) or raise pretrain.warmup_steps ({config.warmup_steps})"
         )
-    if result.metrics is None or result.metrics["step"] != steps:
-        raise RuntimeError(f"pre-training ended before its {steps} steps: {result.metrics}")
-    return Checkpoint.open(result.checkpoint.path), result.metrics["weights_sha256"]
+    last = store.newest()
+    if last is None or last.state.step != steps:
+        found = "there is no checkpoint" if last is None else f"the last checkpoint is of step {last.state.step}"
+        raise RuntimeError(f"pre-training ended before its {steps} steps: {found}")
+    return last
 
 
 def _worker_function(settings: dict[str, Any]) -> None:
@@ -153,11 +167,25 @@ def _assignment(run: Run, dataset: Dataset, events: Any) -> dict[str, Any]:
         "model": run.recipe.section(ModelConfig),
         "data": run.recipe.section(DataConfig),
         "dataset": str(dataset.directory),
+        "checkpoints": str(_checkpoints(run)),
+        "training": _training(run, dataset),
         "seed": run.recipe.seed,
         "train": run.profile.train,
         "data_resources": run.profile.data,
         "events": events,
     }
+
+
+def _checkpoints(run: Run) -> Path:
+    return run.directory / "pretrain" / "checkpoints"
+
+
+def _training(run: Run, dataset: Dataset) -> str:
+    """Digest of what decides the weights; a setting that a later helio adds changes it only where it is used."""
+    sections = (run.recipe.section(section) for section in (PretrainConfig, ModelConfig, DataConfig))
+    settings = [section.model_dump(mode="json", exclude_defaults=True) for section in sections]
+    text = json.dumps([settings, run.recipe.seed, dataset.fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _worker_resources(cpus: float, gpus: int) -> dict[str, float]:
