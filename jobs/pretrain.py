@@ -3,17 +3,21 @@
     helio pretrain cifar10 data.source=cifar10_train
     helio pretrain quickstart pretrain.epochs=2
 
-Ray Train starts the workers and starts them anew from the last checkpoint when one is lost; `jobs.training.worker` is
-what each of them runs. A run that is resumed goes on from its last checkpoint.
+Ray Train starts the workers and starts them anew when one is lost; `jobs.training.worker` is what each of them runs.
+They, and a run that is resumed, go on from the run's newest checkpoint that is whole (`jobs.training.keeper`).
 """
 
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from cluster.errors import DataError, HelioError
+from cluster.errors import CheckpointError, DataError, HelioError
 from cluster.events import Event, listening
 from cluster.profile import Profile
 from cluster.recipe import Recipe
-from cluster.run import Run
+from cluster.run import Run, write_json
 from cluster.session import interruptible
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -22,8 +26,10 @@ from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.keeper import CheckpointStore
 
-CHECKPOINTS_KEPT = 2
+Remedy = tuple[int, float, int]
+"""First step, factor of the learning rate, and warm-up steps of a time that training went back."""
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
@@ -51,9 +57,16 @@ def run_stage(run: Run) -> dict[str, Any]:
             f"pretrain.method=supervised needs one label for each image, the data set is {dataset.manifest['task']}: "
             "name the labels (data.label_column), or take a method that needs none"
         )
+    labelled = all((dataset.labels(split) >= 0).any() for split in ("train", "validation"))
+    if config.keep_best == "knn_accuracy" and not labelled:
+        raise DataError(
+            "pretrain.keep_best=knn_accuracy needs labelled images in training and validation split, one has none: "
+            "take loss"
+        )
+    store = CheckpointStore(_checkpoints(run), _training(run, dataset), run.progress.say)
     with Tracker(run) as tracker:
-        checkpoint, weights_sha256, drawn = _train(run, config, dataset, tracker)
-    state = checkpoint.state
+        checkpoint, outcome, remedies = _train(run, config, dataset, tracker, store)
+    state, best = checkpoint.state, store.best(config.keep_best)
     last = state.history[-1]
     probe = "no labels to probe it by"
     knn_random = state.untrained.get("knn_accuracy")
@@ -62,46 +75,106 @@ def run_stage(run: Run) -> dict[str, Any]:
     run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
+        "best_checkpoint": str((best or checkpoint).directory),
         "method": config.method,
         "workers": resources.workers,
         "steps": state.step,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": state.weights_sha256,
         "knn_pretrained": last.get("knn_accuracy"),
         "knn_random": knn_random,
         "untrained": state.untrained,
-        "map": {**drawn, "classes": dataset.classes},
+        "map": {**outcome.drawn, "classes": dataset.classes},
         "images_per_second": last["images_per_second"],
         **{name: last[name] for name in ("data_wait_share", "bytes_read", "cache_hit_share", "corrupt_images")},
         "resumed_from_steps": state.resumed_from,
+        "remedies": remedies,
         "history": state.history,
     }
 
 
+@dataclass
+class _Outcome:
+    """What the workers told by the end of an attempt."""
+
+    stopped: Event | None = None
+    """Why they did not train to the last step: `kind`, `step` and what belongs to it."""
+    drawn: dict[str, Any] = field(default_factory=dict)
+    """The map of the features."""
+
+
 def _train(
-    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker
-) -> tuple[Checkpoint, str, dict[str, Any]]:
-    """The last checkpoint, the hash of its weights, and the map of the features."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, store: CheckpointStore
+) -> tuple[Checkpoint, _Outcome, list[Remedy]]:
+    """Train to the last step, with remedies where it must be. Raises HelioError."""
+    order = training_order(dataset, run.recipe.section(DataConfig), run.recipe.seed, config.global_batch_size)
+    steps = total_steps(order, config)
+    record = store.directory.with_name("remedies.json")
+    remedies: list[Remedy] = json.loads(record.read_text()) if record.exists() else []
+    while True:
+        outcome = _attempt(run, config, dataset, tracker, steps, remedies)
+        if outcome.stopped is None:
+            break
+        _raise_what_no_remedy_mends(run, dataset, outcome.stopped)
+        sign, at = outcome.stopped["sign"], outcome.stopped["step"]
+        watch = config.sentinel
+        if len(remedies) >= watch.remedies:
+            tried = f" after {len(remedies)} remedies" if remedies else ""
+            raise HelioError(
+                f"pre-training {outcome.stopped['kind']} at step {at:,}{tried}: {sign}: lower pretrain.learning_rate "
+                f"({config.learning_rate:g}), raise pretrain.warmup_steps ({config.warmup_steps}), or mend what makes "
+                f"{config.method} compare images"
+            )
+        store.delete_after(outcome.stopped["healthy_step"])
+        newest = store.newest()
+        step = 0 if newest is None else newest.state.step
+        remedies.append((step, watch.learning_rate_factor, watch.warmup_steps))
+        write_json(record, remedies)
+        run.progress.say(
+            f"  {outcome.stopped['kind']} at step {at:,}: {sign}; back to step {step:,} with "
+            f"{watch.learning_rate_factor:g} times the learning rate (remedy {len(remedies)} of {watch.remedies})"
+        )
+    last = store.newest()
+    if last is None or last.state.step != steps:
+        found = "there is no checkpoint" if last is None else f"the last checkpoint is of step {last.state.step}"
+        raise RuntimeError(f"pre-training ended before its {steps} steps: {found}")
+    return last, outcome, remedies
+
+
+def _raise_what_no_remedy_mends(run: Run, dataset: Dataset, stopped: Event) -> None:
+    if stopped["kind"] == "stopped":
+        raise CheckpointError(stopped["text"])
+    if stopped["kind"] == "corrupt":
+        raise DataError(
+            f"{stopped['count']:,} images of the epoch that ended at step {stopped['step']:,} cannot be decoded, "
+            f"more than data.max_corrupt_share allows ({run.recipe.section(DataConfig).max_corrupt_share:g}): "
+            f"`helio data verify {dataset.directory}` lists what is damaged"
+        )
+
+
+def _attempt(
+    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, steps: int, remedies: list[Remedy]
+) -> _Outcome:
+    """Start the workers, and listen to them until they have ended."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from jobs.training.backend import TensorflowBackendConfig
 
     resources = run.profile.train
-    order = training_order(dataset, run.recipe.section(DataConfig), run.recipe.seed, config.global_batch_size)
-    steps = total_steps(order, config)
-    stopped: list[Event] = []
-    drawn: dict[str, Any] = {}
+    outcome = _Outcome()
     with run.progress.task("pre-train", steps * config.global_batch_size, "images") as task:
 
         def handle(event: Event) -> None:
             kind, step = event.pop("kind"), event.pop("step")
-            if kind in ("diverged", "corrupt"):
-                stopped.append({"kind": kind, "step": step, **event})
+            if kind in ("diverged", "collapsed", "corrupt", "stopped"):
+                outcome.stopped = {"kind": kind, "step": step, **event}
             elif kind == "corrupt_image":
                 run.progress.say(f"  image {event['text']}")
             elif kind == "map":
-                drawn.update(event)
+                outcome.drawn = event
+            elif kind == "notice":
+                run.progress.say(event["text"])
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
@@ -110,42 +183,27 @@ def _train(
         with listening(handle) as events:
             trainer = DataParallelTrainer(
                 _worker_function,
-                train_loop_config={"assignment": _assignment(run, dataset, events)},
+                train_loop_config={"assignment": _assignment(run, dataset, events, remedies)},
                 backend_config=TensorflowBackendConfig(),
                 scaling_config=ScalingConfig(
                     num_workers=resources.workers,
                     use_gpu=resources.gpus_per_worker > 0,
                     resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
                 ),
-                # The same place and name find the checkpoints of an earlier attempt.
                 run_config=RunConfig(
                     name="pretrain",
                     storage_path=str(run.directory),
                     failure_config=FailureConfig(max_failures=config.max_failures),
-                    checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
                 ),
             )
             try:
-                result = interruptible(trainer.fit)
+                interruptible(trainer.fit)
             except TrainingFailedError as error:
                 raise HelioError(
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "
                     f"{_last_line(error)}"
                 ) from error
-    if stopped and stopped[0]["kind"] == "corrupt":
-        raise DataError(
-            f"{stopped[0]['count']:,} images of the epoch that ended at step {stopped[0]['step']:,} cannot be decoded, "
-            f"more than data.max_corrupt_share allows ({run.recipe.section(DataConfig).max_corrupt_share:g}): "
-            f"`helio data verify {dataset.directory}` lists what is damaged"
-        )
-    if stopped:
-        raise HelioError(
-            f"the loss was no longer a number at step {stopped[0]['step']}: lower pretrain.learning_rate "
-            f"({config.learning_rate:g}) or raise pretrain.warmup_steps ({config.warmup_steps})"
-        )
-    if result.metrics is None or result.metrics["step"] != steps:
-        raise RuntimeError(f"pre-training ended before its {steps} steps: {result.metrics}")
-    return Checkpoint.open(result.checkpoint.path), result.metrics["weights_sha256"], drawn
+    return outcome
 
 
 def _worker_function(settings: dict[str, Any]) -> None:
@@ -155,17 +213,32 @@ def _worker_function(settings: dict[str, Any]) -> None:
     train_worker(settings)
 
 
-def _assignment(run: Run, dataset: Dataset, events: Any) -> dict[str, Any]:
+def _assignment(run: Run, dataset: Dataset, events: Any, remedies: list[Remedy]) -> dict[str, Any]:
     return {
         "pretrain": run.recipe.section(PretrainConfig),
         "model": run.recipe.section(ModelConfig),
         "data": run.recipe.section(DataConfig),
         "dataset": str(dataset.directory),
+        "checkpoints": str(_checkpoints(run)),
+        "training": _training(run, dataset),
         "seed": run.recipe.seed,
         "train": run.profile.train,
         "data_resources": run.profile.data,
         "events": events,
+        "remedies": remedies,
     }
+
+
+def _checkpoints(run: Run) -> Path:
+    return run.directory / "pretrain" / "checkpoints"
+
+
+def _training(run: Run, dataset: Dataset) -> str:
+    """Digest of what decides the weights; a setting that a later helio adds changes it only where it is used."""
+    sections = (run.recipe.section(section) for section in (PretrainConfig, ModelConfig, DataConfig))
+    settings = [section.model_dump(mode="json", exclude_defaults=True) for section in sections]
+    text = json.dumps([settings, run.recipe.seed, dataset.fingerprint], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _worker_resources(cpus: float, gpus: int) -> dict[str, float]:

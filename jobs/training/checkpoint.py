@@ -1,18 +1,23 @@
 """Checkpoints: weights, optimizer slots and position, as plain arrays.
 
     <checkpoint>/
-        backbone.npz   weights of the backbone, in Keras's order
-        head.npz       weights of the method's head
-        optimizer.npz  the optimizer's variables, step count included
+        <part>.npz     arrays of a part, in Keras's order: `backbone`, `head` (of the method), `optimizer` (with its
+                       step count), and what else the writer gave
         state.json     step, seed, model, method, data-set fingerprint, figures of the epochs so far
+        manifest.json  size and SHA-256 of every other file
 
-Nothing in it is executed on reading (no pickle).
+A checkpoint is written beside its place, brought to the disk, and then moved there: whoever finds one finds all of it.
+What happens to it later is noticed on opening. Nothing in it is executed on reading (no pickle).
 """
 
+import contextlib
 import hashlib
 import json
+import os
+import shutil
+import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +29,21 @@ from cluster.errors import CheckpointError
 from jobs.model.config import ModelConfig
 
 Arrays = list[NDArray[Any]]
-PARTS = ("backbone", "head", "optimizer")
+
+FORMAT = 1
+STATE, MANIFEST = "state.json", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an epoch has come to that is not at its end."""
+
+    figures: list[float]
+    """Sums of the steps' figures."""
+    steps: int
+    elapsed_s: float
+    account: list[int]
+    """What all workers' streams have done in it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,12 @@ class State:
     """Figures at the end of each epoch so far."""
     resumed_from: list[int]
     """Steps of the checkpoints that training went on from."""
+    training: str
+    """Digest of what decides the weights: settings and data set. Training goes on only from a checkpoint of its own."""
+    weights_sha256: str
+    """Of backbone and head."""
+    begun: Begun | None = None
+    """Of the epoch that the step lies in; none at an epoch's end."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +81,14 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path | str) -> "Checkpoint":
-        """Open a checkpoint. Raises CheckpointError when it is none."""
+        """Open a checkpoint, all of whose files are read once. Raises CheckpointError, naming the file, for one that is
+        missing, cut off or altered."""
         directory = Path(directory)
-        try:
-            state = State(**json.loads((directory / "state.json").read_text()))
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{directory} is no checkpoint: it has no state.json") from None
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{directory}: state.json cannot be read: {error}") from None
-        return cls(directory, state)
+        for name, (size, digest) in _manifest(directory).items():
+            problem = _problem(directory / name, size, digest)
+            if problem:
+                raise CheckpointError(f"checkpoint {directory}: {name} {problem}")
+        return cls(directory, read_state(directory))
 
     def check_model(self, model: ModelConfig, image_size: int) -> None:
         """Raise CheckpointError, naming what differs, when the weights are of another architecture."""
@@ -78,7 +102,7 @@ class Checkpoint:
             )
 
     def read(self, part: str) -> Arrays:
-        """The arrays of `backbone`, `head` or `optimizer`. Raises CheckpointError for a damaged file."""
+        """The arrays of `backbone`, `head`, `optimizer` or another part. Raises CheckpointError for a damaged file."""
         try:
             with np.load(self.directory / f"{part}.npz", allow_pickle=False) as file:
                 return [file[name] for name in sorted(file.files)]
@@ -86,12 +110,58 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.directory}: {part}.npz cannot be read: {error}") from None
 
 
-def write_checkpoint(directory: Path, state: State, parts: dict[str, Sequence[Any]]) -> None:
-    """Write `parts` (variables with `.numpy()`) and the state into an existing directory."""
-    for name in PARTS:
-        arrays = {f"{number:05}": variable.numpy() for number, variable in enumerate(parts[name])}
-        np.savez(directory / f"{name}.npz", allow_pickle=False, **arrays)
-    (directory / "state.json").write_text(json.dumps(asdict(state), indent=2))
+def read_state(directory: Path) -> State:
+    """The state in a checkpoint whose other files are not looked at. Raises CheckpointError."""
+    try:
+        fields = json.loads((directory / STATE).read_text())
+        begun = fields.pop("begun")
+        return State(**fields, begun=None if begun is None else Begun(**begun))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {directory}: {STATE} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {STATE} cannot be read: {error}") from None
+
+
+def write_checkpoint(directory: Path, state: State, parts: Mapping[str, Arrays]) -> None:
+    """Write a checkpoint that appears whole or not at all, in place of one that is there. Raises OSError."""
+    temporary = hidden(directory)
+    temporary.mkdir(parents=True)
+    try:
+        for name, arrays in parts.items():
+            numbered = {f"{number:05}": array for number, array in enumerate(arrays)}
+            np.savez(temporary / f"{name}.npz", allow_pickle=False, **numbered)
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2))
+        files = {path.name: [path.stat().st_size, _sha256(path)] for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+        for path in (*temporary.iterdir(), temporary):
+            _to_disk(path)
+        replaced = hidden(directory)
+        with contextlib.suppress(FileNotFoundError):
+            directory.rename(replaced)
+        temporary.rename(directory)
+        _to_disk(directory.parent)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def hidden(directory: Path) -> Path:
+    """A new name beside a directory for what is not yet, or no longer, a checkpoint."""
+    return directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+
+
+def delete(directory: Path) -> None:
+    """Delete a checkpoint; one that was interrupted leaves no half of it under its name. Raises OSError."""
+    leaving = hidden(directory)
+    directory.rename(leaving)
+    shutil.rmtree(leaving)
+
+
+def host_copies(variables: Sequence[Any]) -> Arrays:
+    """Copies of variables in this process's memory, which no further step changes: Keras's `numpy()` is a copy."""
+    return [np.asarray(variable.numpy()) for variable in variables]
 
 
 def assign(variables: Sequence[Any], arrays: Arrays, what: str) -> None:
@@ -105,9 +175,51 @@ def assign(variables: Sequence[Any], arrays: Arrays, what: str) -> None:
         variable.assign(array)
 
 
-def weights_hash(variables: Sequence[Any]) -> str:
-    """SHA-256 over the bytes of all variables, hexadecimal."""
+def weights_hash(arrays: Arrays) -> str:
+    """SHA-256 over the bytes of all arrays, hexadecimal."""
     total = hashlib.sha256()
-    for variable in variables:
-        total.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
+
+
+def _manifest(directory: Path) -> dict[str, tuple[int, str]]:
+    """(bytes, SHA-256) of each file. Raises CheckpointError."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {directory} has format {manifest['format']!r}, this helio reads {FORMAT}: pre-train anew"
+            )
+        return {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{directory} is no checkpoint: it has no {MANIFEST}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {directory}: {MANIFEST} cannot be read: {error}") from None
+
+
+def _problem(path: Path, size: int, digest: str) -> str | None:
+    """What is wrong with a file, or None."""
+    try:
+        there = path.stat().st_size
+        if there != size:
+            return f"holds {there:,} of {size:,} bytes" if there < size else f"holds {there - size:,} bytes too many"
+        return None if _sha256(path) == digest else "was altered: its SHA-256 is another"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _sha256(path: Path) -> str:
+    # Where the processor has instructions for it (all of today's), as quick as any other: 132 MB in 0.1 s.
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -67,6 +67,15 @@ class PretrainConfig(Section):
     augment: AugmentConfig = AugmentConfig()
     sentinel: SentinelConfig = SentinelConfig()
     checkpoint_every_epochs: int = Field(default=1, ge=1)
+    """At the end of every so many epochs, and after the last step."""
+    checkpoint_every_steps: int | None = Field(default=None, ge=1)
+    """And after every so many steps. A checkpoint is written while training goes on: what is lost with a worker or the
+    driver are the steps since the last, and those made while one was being written."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest so many are kept, so that a damaged one costs an interval and not the run."""
+    keep_best: Literal["knn_accuracy", "loss"] | None = None
+    """The best checkpoint is kept too, by the probe's accuracy or by the loss of its epoch; none is by accuracy where
+    the data set has labels, else by loss."""
     max_failures: int = Field(default=2, ge=0)
     """Times that lost workers are replaced before the run gives up."""
     knn_neighbors: int = Field(default=20, ge=1)

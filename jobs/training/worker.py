@@ -1,6 +1,5 @@
 """What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import ray
 import ray.train
 import tensorflow as tf
 
+from cluster.errors import CheckpointError
 from cluster.profile import DataResources, TrainResources
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -22,10 +22,12 @@ from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
-from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
+from jobs.training.checkpoint import Begun, State, assign, host_copies, weights_hash
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.keeper import CheckpointStore, Keeper
 from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
 from jobs.training.probing import Networks, Probe
+from jobs.training.schedule import Remedied
 from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
 
 TELL_EVERY_S = 0.5
@@ -37,6 +39,12 @@ MOST_SKIPPED, MOST_SKIPPED_SHARE = 5, 0.05
 CORRUPT_NAMED = 10
 """Images that each worker names in an epoch, of those that could no longer be decoded."""
 
+NO_CHECKPOINT, NONE_WHOLE = -1, -2
+"""What worker 0 tells the others in place of the step to go on from."""
+
+
+_NOT_BEGUN = Begun([0.0] * len(FIGURES), 0, 0.0, [0] * 5)
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -46,6 +54,12 @@ class Assignment:
     model: ModelConfig
     data: DataConfig
     dataset: str
+    remedies: list[tuple[int, float, int]]
+    """(First step, factor of the learning rate, warm-up steps) of each time that training went back."""
+    checkpoints: str
+    """Directory of this run's checkpoints, which every node sees."""
+    training: str
+    """`State.training` of this run."""
     seed: int
     train: TrainResources
     data_resources: DataResources
@@ -60,7 +74,9 @@ def train_worker(settings: dict[str, Any]) -> None:
     assignment = Assignment(**settings["assignment"])
     train = assignment.train
     set_up_tensorflow(train.threads_per_worker, train.gpus_per_worker, train.precision)
-    _Worker(assignment).run()
+    worker = _Worker(assignment)
+    worker.run()
+    worker.finish()
 
 
 class _Worker:
@@ -76,7 +92,10 @@ class _Worker:
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
-        self.schedule = build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
+        self.schedule = Remedied(
+            build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps),
+            assignment.remedies,
+        )
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
@@ -96,6 +115,11 @@ class _Worker:
         self.untrained: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
+        self.begun = _NOT_BEGUN
+        self.stopped = False
+        """Whether training cannot go on, on every worker; the driver has been told why."""
+        self.store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
+        self.keeper = Keeper(self.store, config.keep_checkpoints, config.keep_best, self._notify)
         self._restore()
         self.probe = Probe(
             self.strategy,
@@ -110,11 +134,14 @@ class _Worker:
     def run(self) -> None:
         """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
         config, assignment = self.config, self.assignment
+        if self.stopped:
+            return
         if self.step == 0:
             self.untrained = self.probe.figures()
         stream = self._stream()
         ends = self._epoch_ends()
-        figures, since, started, told = np.zeros(len(FIGURES)), 0, time.monotonic(), time.monotonic()
+        figures, since = np.array(self.begun.figures), self.begun.steps
+        started, told = time.monotonic() - self.begun.elapsed_s, time.monotonic()
         for batch in stream:
             # Views are a part of the batch for the model: [batch × views, height, width, channel].
             images = tf.constant(batch.images.reshape(-1, *batch.images.shape[2:]))
@@ -128,9 +155,16 @@ class _Worker:
                 self._tell({"kind": "step", "loss": means["loss"]})
             if figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
-                self._tell({"kind": "diverged"}, wait=True)
+                sign = f"{figures[SKIPPED]:.0f} of {since:,} steps had a gradient that is no number"
+                self._tell({"kind": "diverged", "sign": sign, "healthy_step": self._healthy_step()}, wait=True)
                 return
             if self.step not in ends:
+                if self.step % (config.checkpoint_every_steps or self.total_steps) == 0:
+                    self.average_statistics()
+                    elapsed = time.monotonic() - started
+                    self._checkpoint(Begun(figures.tolist(), since, elapsed, self._done(stream)))
+                    if self.stopped:
+                        return
                 continue
             self.average_statistics()
             elapsed = time.monotonic() - started
@@ -149,11 +183,21 @@ class _Worker:
             }
             self.history.append({"step": self.step, **metrics})
             self._tell({"kind": "epoch", **metrics})
-            epoch = round(self.order.epoch_of(self.step))
-            if epoch % config.checkpoint_every_epochs == 0 or self.step == self.total_steps:
-                self._checkpoint(metrics)
+            if self._is_due():
+                self._checkpoint(None)
+                if self.stopped:
+                    return
             figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
+            self.begun = _NOT_BEGUN
         self._tell({"kind": "map", **self.probe.map()}, wait=True)
+
+    def finish(self) -> None:
+        """To be called when training has ended: the last checkpoint is then written, or the driver knows why not."""
+        if self.rank == 0:
+            try:
+                self.keeper.finish()
+            except CheckpointError as error:
+                self._tell({"kind": "stopped", "text": str(error)}, wait=True)
 
     def _loss(self, outputs: Any, targets: tf.Tensor) -> tf.Tensor:
         return self.method.loss(outputs, targets, gather, replica_rank())
@@ -165,8 +209,12 @@ class _Worker:
         """Whether worker 0 sees a collapse, which it tells the driver; every worker asks at the same step."""
         sign = collapse_sign(self.untrained, probed) if self.rank == 0 and self.config.sentinel.watch else None
         if sign is not None:
-            self._tell({"kind": "collapsed", "sign": sign}, wait=True)
+            self._tell({"kind": "collapsed", "sign": sign, "healthy_step": self._healthy_step()}, wait=True)
         return bool(self._gather_ints([sign is not None]).any())
+
+    def _healthy_step(self) -> int:
+        """The last step at which the probe saw nothing wrong."""
+        return int(self.history[-1]["step"]) if self.history else 0
 
     def _stream(self) -> TrainStream:
         return TrainStream(
@@ -183,22 +231,20 @@ class _Worker:
     def _account(
         self, stream: TrainStream, figures: np.ndarray[Any, Any], steps: int, elapsed: float
     ) -> dict[str, float]:
-        """What all workers and their streams did since the last epoch's end; every worker calls it at the same step.
+        """What all workers and their streams did in an epoch; every worker calls it at the same step.
 
         Seconds are of a step, the mean of all workers, and of the slowest one.
         """
-        account = stream.account
-        for text in account.corrupt[:CORRUPT_NAMED]:
+        for text in stream.account.corrupt[:CORRUPT_NAMED]:
             self.name_corrupt(f"{text}: another stood in for it")
-        counts = (len(account.corrupt), account.bytes_read // 1024, account.groups_read, account.groups_cached)
-        times = (round(1000 * seconds) for seconds in (account.waited_s, *figures[TIMES]))
-        everyone = self._gather_ints([*counts, *times]).astype(np.int64)
-        corrupt, kib, read, cached, *_ = everyone.sum(axis=0).tolist()
-        waited, compute, all_reduce = (everyone[:, len(counts) :].mean(axis=0) / 1000).tolist()
+        corrupt, kib, read, cached, waited_ms = self._done(stream)
+        times = self._gather_ints([round(1000 * seconds) for seconds in figures[TIMES]]) / 1000 / steps
+        compute, all_reduce = times.mean(axis=0).tolist()
+        waited = waited_ms / 1000 / self.world
         return {
-            "compute_s": compute / steps,
-            "slowest_compute_s": float(everyone[:, -2].max()) / 1000 / steps,
-            "all_reduce_s": all_reduce / steps,
+            "compute_s": compute,
+            "slowest_compute_s": float(times[:, 0].max()),
+            "all_reduce_s": all_reduce,
             "input_s": waited / steps,
             "data_wait_share": waited / elapsed,
             "images_per_second": steps * self.config.global_batch_size / elapsed,
@@ -208,6 +254,14 @@ class _Worker:
             "corrupt_images": corrupt,
         }
 
+    def _done(self, stream: TrainStream) -> list[int]:
+        """Corrupt images, KiB, row groups read and cached, and ms waited of all workers in this epoch so far."""
+        account = stream.account
+        waited_ms = round(1000 * account.waited_s)
+        own = (len(account.corrupt), account.bytes_read // 1024, account.groups_read, account.groups_cached, waited_ms)
+        everyone = self._gather_ints(own).sum(axis=0, dtype=np.int64)
+        return (everyone + np.array(self.begun.account)).tolist()
+
     def name_corrupt(self, text: str) -> None:
         """Tell the driver of an image that can no longer be decoded; any worker may meet one."""
         self.assignment.events.put.remote({"step": self.step, "kind": "corrupt_image", "text": text})
@@ -216,29 +270,59 @@ class _Worker:
         ends = {self.order.steps(epoch) for epoch in range(1, self.config.epochs + 1)}
         return {end for end in ends if end < self.total_steps} | {self.total_steps}
 
+    def _parts(self) -> dict[str, Sequence[Any]]:
+        """The variables that a checkpoint holds, by part."""
+        return {
+            "backbone": self.backbone.weights,
+            "head": self.method.head.weights,
+            "optimizer": self.optimizer.variables,
+        }
+
     def _restore(self) -> None:
-        """Take up the newest checkpoint of this run, if there is one."""
-        reported = ray.train.get_checkpoint()
-        if reported is None:
+        """Take up the newest checkpoint of this run that is whole, if there is any: on every worker the same."""
+        step = int(self._gather_ints([self._newest() if self.rank == 0 else NO_CHECKPOINT])[0, 0])
+        self.stopped = step == NONE_WHOLE
+        if step < 0:
             return
-        with reported.as_directory() as directory:
-            checkpoint = Checkpoint.open(directory)
-            assign(self.backbone.weights, checkpoint.read("backbone"), "backbone")
-            assign(self.method.head.weights, checkpoint.read("head"), "head")
-            assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
-        self.step = checkpoint.state.step
-        self.untrained, self.history = checkpoint.state.untrained, checkpoint.state.history
-        self.resumed_from = [*checkpoint.state.resumed_from, self.step]
+        checkpoint = self.store.open(step)
+        for part, variables in self._parts().items():
+            assign(variables, checkpoint.read(part), part)
+        state = checkpoint.state
+        self.step, self.untrained, self.history = step, state.untrained, state.history
+        self.begun = state.begun or _NOT_BEGUN
+        self.resumed_from = [*state.resumed_from, step]
         self._tell({"kind": "resumed"})
 
-    def _checkpoint(self, metrics: dict[str, Any]) -> None:
-        digest = weights_hash([*self.backbone.weights, *self.method.head.weights])
-        hashes = self._gather_ints([int(digest[i : i + 7], 16) for i in range(0, 56, 7)])
-        if len(np.unique(hashes, axis=0)) != 1:
+    def _newest(self) -> int:
+        """The step to go on from, as worker 0 sees it."""
+        self.store.clean()
+        try:
+            newest = self.store.newest()
+        except CheckpointError as error:
+            self._tell({"kind": "stopped", "text": str(error)}, wait=True)
+            return NONE_WHOLE
+        return NO_CHECKPOINT if newest is None else newest.state.step
+
+    def _is_due(self) -> bool:
+        """Whether a checkpoint is to be taken at this end of an epoch."""
+        epoch, every = round(self.order.epoch_of(self.step)), self.config.checkpoint_every_steps
+        at_step = every is not None and self.step % every == 0
+        return at_step or epoch % self.config.checkpoint_every_epochs == 0 or self.step == self.total_steps
+
+    def _checkpoint(self, begun: Begun | None) -> None:
+        """Copy what a checkpoint holds; worker 0 writes it while training goes on. Every worker calls it at a step."""
+        # Only then are there never more than one copy in memory and one checkpoint to be lost.
+        self.keeper.wait()
+        parts = {name: host_copies(variables) for name, variables in self._parts().items()}
+        digest = weights_hash([*parts["backbone"], *parts["head"]])
+        words = [int(digest[i : i + 7], 16) for i in range(0, 56, 7)]
+        told = self._gather_ints([*words, int(self.keeper.given_up)])
+        if len(np.unique(told[:, :-1], axis=0)) != 1:
             raise RuntimeError(f"the workers hold different weights after step {self.step}")
-        metrics = {**metrics, "step": self.step, "weights_sha256": digest}
+        if told[:, -1].any():
+            self.stopped = True
+            return
         if self.rank != 0:
-            ray.train.report(metrics)
             return
         assignment = self.assignment
         state = State(
@@ -250,18 +334,13 @@ class _Worker:
             global_batch_size=self.config.global_batch_size,
             fingerprint=self.dataset.fingerprint,
             untrained=self.untrained,
-            history=self.history,
+            history=list(self.history),
             resumed_from=self.resumed_from,
+            training=assignment.training,
+            weights_sha256=digest,
+            begun=begun,
         )
-        parts = {
-            "backbone": self.backbone.weights,
-            "head": self.method.head.weights,
-            "optimizer": self.optimizer.variables,
-        }
-        with tempfile.TemporaryDirectory() as directory:
-            write_checkpoint(Path(directory), state, parts)
-            checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step-{self.step:08}")
+        self.keeper.save(state, parts)
 
     def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
         """The workers' values, int32 [world, n]."""
@@ -275,6 +354,10 @@ class _Worker:
             told = self.assignment.events.put.remote({"step": self.step, **event})
             if wait:
                 ray.get(told)
+
+    def _notify(self, text: str) -> None:
+        """Tell the user a line, from whatever thread."""
+        ray.get(self.assignment.events.put.remote({"step": self.step, "kind": "notice", "text": text}))
 
 
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:

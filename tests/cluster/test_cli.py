@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from jobs.model.config import ModelConfig
-from jobs.training.checkpoint import State
+from jobs.training.checkpoint import State, write_checkpoint
 
 HELIO = str(Path(sys.executable).with_name("helio"))
 
@@ -141,10 +141,10 @@ MISTAKES = {
     "a date that is none": (["data.source=2024-13-01"], "is not valid YAML"),
     "a section that is none": (["pretrain=false"], "pretrain: input should be a valid dictionary"),
     "one and a half GPUs": (["profile.trials.gpus_per_trial=1.5"], "more than one GPU must be a whole number, got 1.5"),
-    "a checkpoint that is a file": (["tune.checkpoint=mine.yaml"], "is no checkpoint: it has no state.json"),
+    "a checkpoint that is a file": (["tune.checkpoint=mine.yaml"], "is no checkpoint: it has no manifest.json"),
     "an option that is none": (["--resum"], "unrecognized arguments: --resum"),
     "a sample that is not there": (["data.source=sample:letters"], "there is no sample 'letters'"),
-    "a checkpoint that is none": (["tune.checkpoint=empty"], "is no checkpoint: it has no state.json"),
+    "a checkpoint that is none": (["tune.checkpoint=empty"], "is no checkpoint: it has no manifest.json"),
     "a checkpoint of another architecture": (
         ["tune.checkpoint=checkpoint"],
         "is of another architecture: it has width 48, not 32",
@@ -156,11 +156,10 @@ MISTAKES = {
 def test_a_mistake_gets_one_line_and_leaves_nothing_behind(environment: None, tmp_path: Path, mistake: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "ant").mkdir(parents=True)
-    (tmp_path / "checkpoint").mkdir()
     _images(tmp_path / "mixed" / "train", {"ant": 3, "bee": 3})
     _images(tmp_path / "mixed", {"meta": 1})
-    state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "", 0.0, [], [])
-    (tmp_path / "checkpoint" / "state.json").write_text(json.dumps(vars(state)))
+    state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "", 0.0, [], [], "", "")
+    write_checkpoint(tmp_path / "checkpoint", state, {})
     (tmp_path / "mine.yaml").write_text(RECIPE)
     arguments, expected = MISTAKES[mistake]
     line = _one_line(helio("run", "mine.yaml", *arguments, cwd=tmp_path))

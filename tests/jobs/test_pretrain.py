@@ -1,6 +1,7 @@
 """Pre-training: the workers train one model together, whatever their number."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -251,8 +252,25 @@ def test_more_gpus_than_there_are_are_refused() -> None:
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_mend(make_run: MakeRun) -> None:
-    overrides = (*TEN_SGD_STEPS, "pretrain.method=supervised", "pretrain.learning_rate=1e30")
+    overrides = (
+        *TEN_SGD_STEPS,
+        "pretrain.method=supervised",
+        "pretrain.learning_rate=1e30",
+        "pretrain.sentinel.remedies=0",
+    )
     run = make_run(*overrides, profile=("profile.train.workers=1",))
     carry_out(run, "ingest")
-    with pytest.raises(HelioError, match=r"no longer a number at step .*: lower pretrain\.learning_rate"):
+    with pytest.raises(HelioError, match=r"diverged at step 7: 6 of 7 .*: lower pretrain\.learning_rate"):
         carry_out(run, "pretrain")
+
+
+def test_a_collapse_is_named_remedied_and_at_last_ends_the_run(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("pretrain.method=vicreg", "pretrain.variance_weight=0", "pretrain.epochs=8", "pretrain.warmup_steps=0")
+    run = make_run(*overrides, "pretrain.sentinel.remedies=1", profile=("profile.train.workers=1",))
+    carry_out(run, "ingest")
+    with pytest.raises(HelioError, match=r"collapsed at step \d+ after 1 remedies: .* projection_s.*: lower pretrain"):
+        carry_out(run, "pretrain")
+    history = json.loads((run.directory / "pretrain" / "remedies.json").read_text())
+    assert len(history) == 1
