@@ -66,6 +66,7 @@ def make_step(
     def replica_sum(images: Images, targets: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
         """(gradients and loss added up over the workers, seconds of computing, seconds of adding up)."""
         started = tf.timestamp()
+        images, targets = _once(started, (images, targets))
         own = _gradients(objective, variables, scale, images, targets, micro_batches)
         with tf.control_dependencies(own):
             computed = tf.timestamp()
@@ -83,10 +84,11 @@ def make_step(
         if after is not None:
             after()
 
-    @tf.function
+    @tf.function(autograph=False)
     def step(images: Images, targets: tf.Tensor) -> tf.Tensor:
         (*gradients, loss), compute_s, all_reduce_s = strategy.run(replica_sum, args=(images, targets))
         started = tf.timestamp()
+        gradients = _once(started, gradients)
         norm = tf.linalg.global_norm(gradients) / scale(tf.constant(1.0))
         finite = tf.math.is_finite(norm) & tf.math.is_finite(loss)
         if clip_norm is not None:

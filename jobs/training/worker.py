@@ -110,6 +110,7 @@ class _Worker:
             micro_batches=config.micro_batches,
             after=self._after_step,
         )
+        self._exchange = tf.function(lambda own: self.strategy.run(gather, args=(own,)), reduce_retracing=True)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
         self.untrained: dict[str, float] = {}
@@ -344,8 +345,7 @@ class _Worker:
 
     def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
         """The workers' values, int32 [world, n]."""
-        local = tf.constant([values], tf.int32)
-        everyone = tf.function(lambda: self.strategy.run(gather, args=(local,)))()
+        everyone = self._exchange(tf.constant([values], tf.int32))
         return np.asarray(self.strategy.experimental_local_results(everyone)[0])
 
     def _tell(self, event: dict[str, Any], wait: bool = False) -> None:

@@ -39,8 +39,6 @@ def _state(step: int, history: list[dict[str, float]] | None = None, **fields: A
     known = dict(seed=0, image_size=32, model={}, method="simclr", global_batch_size=64, fingerprint="f")
     digest = weights_hash(_parts(step)["backbone"])
     more = dict(untrained={}, history=history, resumed_from=[], training="mine", weights_sha256=digest)
-        untrained={"knn_accuracy": 0.1}, history=history, resumed_from=[], training="mine", weights_sha256=digest
-    )
     return State(**{"step": step, **known, **more, **fields})
 
 
