@@ -3,6 +3,7 @@
     <checkpoint>/
         backbone.npz   weights of the backbone, in Keras's order
         head.npz       weights of the method's head
+        method.npz     what else the method keeps: its target network, its centre
         optimizer.npz  the optimizer's variables, step count included
         state.json     step, seed, model, method, data-set fingerprint, figures of the epochs so far
 
@@ -24,7 +25,7 @@ from cluster.errors import CheckpointError
 from jobs.model.config import ModelConfig
 
 Arrays = list[NDArray[Any]]
-PARTS = ("backbone", "head", "optimizer")
+PARTS = ("backbone", "head", "method", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Checkpoint:
             )
 
     def read(self, part: str) -> Arrays:
-        """The arrays of `backbone`, `head` or `optimizer`. Raises CheckpointError for a damaged file."""
+        """The arrays of one of PARTS. Raises CheckpointError for a damaged file."""
         try:
             with np.load(self.directory / f"{part}.npz", allow_pickle=False) as file:
                 return [file[name] for name in sorted(file.files)]

@@ -18,13 +18,14 @@ from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.data.decode import DecodeError, decode_to_size
 from jobs.data.order import training_order
-from jobs.data.stream import Account, TrainStream, Views, stratified_rows
+from jobs.data.stream import Account, Batch, TrainStream, Views, stratified_rows
 from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.probe import knn_accuracy
 from jobs.training.checkpoint import Checkpoint, State, assign, weights_hash, write_checkpoint
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.initial import load_initial
 from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
 from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
 
@@ -76,6 +77,8 @@ class _Worker:
         self.strategy = make_strategy()
         self.schedule = build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
+        if config.initial is not None and ray.train.get_checkpoint() is None:
+            load_initial(self.backbone, config.initial)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
         self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
@@ -106,9 +109,7 @@ class _Worker:
         ends = self._epoch_ends()
         figures, since, started, told = np.zeros(len(FIGURES)), 0, time.monotonic(), time.monotonic()
         for batch in stream:
-            # Views are a part of the batch for the model: [batch × views, height, width, channel].
-            images = tf.constant(batch.images.reshape(-1, *batch.images.shape[2:]))
-            figures += self.train_step(images, tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
+            figures += self.train_step(_for_model(batch), tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
             self.step += 1
             since += 1
             means = _means(figures, since)
@@ -155,7 +156,12 @@ class _Worker:
 
     def _stream(self) -> TrainStream:
         assignment = self.assignment
-        views = Views(assignment.data.image_size, views_of(self.config), self.config.augment, assignment.seed)
+        config, size = self.config, assignment.data.image_size
+        count, local_views = views_of(config)
+        local_area = (config.local_crop_min_area, config.local_crop_max_area)
+        views = Views(
+            size, count, config.augment, assignment.seed, local_views, config.local_size_for(size), local_area
+        )
         return TrainStream(
             self.dataset,
             self.order,
@@ -201,6 +207,7 @@ class _Worker:
             checkpoint = Checkpoint.open(directory)
             assign(self.backbone.weights, checkpoint.read("backbone"), "backbone")
             assign(self.method.head.weights, checkpoint.read("head"), "head")
+            assign(self.method.state, checkpoint.read("method"), "method")
             assign(self.optimizer.variables, checkpoint.read("optimizer"), "optimizer")
         self.step = checkpoint.state.step
         self.knn_random, self.history = checkpoint.state.knn_random, checkpoint.state.history
@@ -208,7 +215,7 @@ class _Worker:
         self._tell({"kind": "resumed"})
 
     def _checkpoint(self, metrics: dict[str, Any]) -> None:
-        digest = weights_hash([*self.backbone.weights, *self.method.head.weights])
+        digest = weights_hash([*self.backbone.weights, *self.method.head.weights, *self.method.state])
         hashes = self._gather_ints([int(digest[i : i + 7], 16) for i in range(0, 56, 7)])
         if len(np.unique(hashes, axis=0)) != 1:
             raise RuntimeError(f"the workers hold different weights after step {self.step}")
@@ -232,6 +239,7 @@ class _Worker:
         parts = {
             "backbone": self.backbone.weights,
             "head": self.method.head.weights,
+            "method": self.method.state,
             "optimizer": self.optimizer.variables,
         }
         with tempfile.TemporaryDirectory() as directory:
@@ -317,6 +325,12 @@ class _Probe:
                     out[place] = 0
                     worker.name_corrupt(f"{row['id']} {error}: the probe sees black")
         return out
+
+
+def _for_model(batch: Batch) -> Any:
+    """Views are a part of the batch for the model: [batch × views, height, width, channel]. Local ones come apart."""
+    parts = [tf.constant(views.reshape(-1, *views.shape[2:])) for views in (batch.images, batch.local) if views.size]
+    return parts[0] if len(parts) == 1 else tuple(parts)
 
 
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:
