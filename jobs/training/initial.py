@@ -3,8 +3,12 @@
 Nothing in either is executed on reading: of a `.keras` file only the arrays are taken.
 """
 
+import multiprocessing
+import os
+import sys
 import warnings
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +35,16 @@ def check_initial(initial: str, model: ModelConfig, image_size: int) -> None:
     elif not initial.endswith(KERAS_FILES):
         raise CheckpointError(f"pretrain.initial: {path} is neither: {_what()}")
     else:
-        import tensorflow as tf
+        # Tried in a process of its own: the driver loads no TensorFlow, which would take the memory of its GPUs.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(_try, initial, model, image_size).result()
 
-        # This is no worker: it must not take the memory of their GPUs.
-        tf.config.set_visible_devices([], "GPU")
-        load_initial(build_backbone(model, image_size, 0), initial)
+
+def _try(initial: str, model: ModelConfig, image_size: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    # TensorFlow greets on the standard error, where the user is to read one line.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    load_initial(build_backbone(model, image_size, 0), initial)
 
 
 def load_initial(backbone: "keras.Model", initial: str) -> None:

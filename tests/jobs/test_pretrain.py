@@ -54,7 +54,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 IN_FOUR = ("simclr", "vicreg", "barlow_twins", "supervised")
 """Four processes on two cores take their time: those that compare images, and one that does not."""
-RATES = {"vicreg": 1e-4, "barlow_twins": 1e-4, "lars": 0.1}
+RATES = {"vicreg": 1e-5, "barlow_twins": 1e-5, "lars": 0.1}
 """Others take 2e-3. Steps must be small: large ones enlarge what is rounded, a little more with each."""
 
 
