@@ -26,6 +26,7 @@ from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.initial import check_initial
 from jobs.training.keeper import CheckpointStore
 
 Remedy = tuple[int, float, int]
@@ -33,8 +34,23 @@ Remedy = tuple[int, float, int]
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
-    """The workers must share the global batch evenly. Raises HelioError."""
-    batch, workers = recipe.section(PretrainConfig).global_batch_size, profile.train.workers
+    """The workers must share the global batch evenly, and method, model and images fit. Raises HelioError."""
+    config, model, size = (
+        recipe.section(PretrainConfig),
+        recipe.section(ModelConfig),
+        recipe.section(DataConfig).image_size,
+    )
+    model.check_size(size, size, "data.image_size")
+    if config.method == "mae" and not model.is_vit:
+        raise HelioError(
+            f"pretrain.method=mae needs a ViT, which can leave out patches, got model.backbone={model.backbone}: "
+            "use vit_tiny, vit_small or vit_base"
+        )
+    if config.method == "dino" and config.local_views:
+        model.check_size(config.local_size_for(size), size, "pretrain.local_size")
+    if config.initial is not None:
+        check_initial(config.initial, model, size)
+    batch, workers = config.global_batch_size, profile.train.workers
     if batch % workers:
         raise HelioError(
             f"pretrain.global_batch_size must be a multiple of the {workers} workers of profile {profile.name}, "
@@ -71,7 +87,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     probe = "no labels to probe it by"
     knn_random = state.untrained.get("knn_accuracy")
     if knn_random is not None:
-        probe = f"kNN {last['knn_accuracy']:.1%}, random backbone {knn_random:.1%}"
+        start = "random" if config.initial is None else "initial"
+        probe = f"kNN {last['knn_accuracy']:.1%}, {start} backbone {knn_random:.1%}"
     run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),

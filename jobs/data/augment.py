@@ -62,6 +62,9 @@ class View:
     """What becomes of one image: its draws, turned into figures."""
 
     size: int
+    """Pixels, height and width of what comes out."""
+    reduced_from: int
+    """Images at least so high and wide may be decoded at a smaller scale; a cache holds the others whole."""
     config: AugmentConfig
     share: float
     """Side of the crop, of the largest centred square's."""
@@ -83,18 +86,26 @@ class View:
     solarize: bool
 
 
-def plan_views(size: int, config: AugmentConfig, draws: Draws) -> list[View]:
+def plan_views(
+    size: int,
+    config: AugmentConfig,
+    draws: Draws,
+    area: tuple[float, float] | None = None,
+    image_size: int | None = None,
+) -> list[View]:
     """The views, `size` pixels high and wide, that `draws` (float64 [n, DRAWS]) make of n images.
 
+    Local views show an `area` (smallest, largest share) of their own and are smaller than the `image_size` of others.
     All that does not depend on the images is worked out here for the whole batch at once: at 32 px, arithmetic in
     Python would take as long as the changes themselves.
     """
     strength, count = config.strength, len(draws)
     spread = min(strength, 1.0)
+    least, most = area or (config.crop_min_area, 1.0)
     # Random resized crop: a share of the area is kept, the aspect ratio is log-uniform in 3/4 to 4/3 at full strength
     # (Szegedy et al. 2015, section 6); it is held to what leaves the share whole, so that all of the area is all of the
     # image.
-    share = np.sqrt(1 - (1 - config.crop_min_area) * spread * draws[:, _AREA])
+    share = np.sqrt(1 - ((1 - most) + (most - least) * draws[:, _AREA]) * spread)
     root = np.clip((4 / 3) ** ((draws[:, _ASPECT] - 0.5) * spread), share, 1 / share)
     jitter = min(config.color_jitter * strength, 0.95)
     gray = draws[:, _GRAY] < config.grayscale * strength
@@ -114,7 +125,7 @@ def plan_views(size: int, config: AugmentConfig, draws: Draws) -> list[View]:
         np.where(draws[:, _BLUR] < config.blur * strength, 0.1 + 1.9 * draws[:, _SIGMA], 0.0).tolist(),
         (draws[:, _SOLARIZE] < config.solarize * strength).tolist(),
     )
-    return [View(size, config, *row) for row in zip(*columns, strict=True)]
+    return [View(size, 2 * (image_size or size), config, *row) for row in zip(*columns, strict=True)]
 
 
 def _color_maps(factors: Draws, gray: NDArray[np.bool_]) -> tuple[Draws, NDArray[np.float64]]:
@@ -135,13 +146,13 @@ def _color_maps(factors: Draws, gray: NDArray[np.bool_]) -> tuple[Draws, NDArray
 def augment_encoded(data: bytes, view: View) -> Pixels:
     """One random view of an encoded image, uint8 [size, size, 3]. Raises DecodeError.
 
-    As `augment_image` of the decoded image. A JPEG whose crop is at least twice as large as the view is decoded at a
-    smaller scale, which takes a fraction of the time and averages areas as it should.
+    As `augment_image` of the decoded image. A large JPEG whose crop is at least twice as large as the view is decoded
+    at a smaller scale, which takes a fraction of the time and averages areas as it should.
     """
     size = view.size
 
     def least(height: int, width: int) -> tuple[int, int] | None:
-        if height < 2 * size or width < 2 * size:
+        if height < view.reduced_from or width < view.reduced_from:
             return None
         _, _, box_height, box_width = _box(height, width, view)
         return math.ceil(height * size / box_height), math.ceil(width * size / box_width)

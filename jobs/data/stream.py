@@ -2,7 +2,8 @@
 
 Each worker runs one pipeline over the rows that it has still to take: a task reads a run of them, decodes and augments
 them, and hands over uint8; tasks run on whatever node has room, a bounded number ahead of the step.
-Images are uint8 [batch, view, height, width, channel], labels int32 [batch].
+Images are uint8 [batch, view, height, width, channel], labels int32 [batch]. Local views are smaller ones of a part of
+the image, in an array of their own.
 """
 
 import functools
@@ -44,6 +45,22 @@ class Views:
     """Views of each image: two for contrastive methods."""
     augment: AugmentConfig
     seed: int
+    local_views: int = 0
+    local_size: int = 1
+    """Pixels of a local view, height and width."""
+    local_area: tuple[float, float] = (0.05, 0.4)
+    """Smallest and largest share of the image that a local view shows."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all views of one image."""
+        return 3 * (self.count * self.image_size**2 + self.local_views * self.local_size**2)
+
+    def plan(self, number: int, draws: Draws) -> list[View]:
+        """View `number` of each image by the draws that are its own; local views come after the others."""
+        if number < self.count:
+            return plan_views(self.image_size, self.augment, draws)
+        return plan_views(self.local_size, self.augment, draws, self.local_area, self.image_size)
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,8 @@ class Batch:
 
     images: Pixels
     """uint8 [batch, view, height, width, channel]"""
+    local: Pixels
+    """The same of local views; there may be none."""
     labels: NDArray[np.int32]
     """int32 [batch]; -1 where an image has none."""
     mixed_labels: NDArray[np.int32]
@@ -134,7 +153,6 @@ class TrainStream:
         yield from self._batches(tables, size)
 
     def _batches(self, tables: Iterator[pa.Table], size: int) -> Iterator[Batch]:
-        shape = (self.views.count, self.views.image_size, self.views.image_size, 3)
         left: list[Batch] = []
         while True:
             asked = time.monotonic()
@@ -142,7 +160,7 @@ class TrainStream:
             self.account.waited_s += time.monotonic() - asked
             if table is None:
                 return
-            rest = self._opened(table, shape)
+            rest = self._opened(table)
             if left:
                 rest, left = _joined([*left, rest]), []
             for first in range(0, len(rest.labels), size):
@@ -154,21 +172,27 @@ class TrainStream:
                 self.account.corrupt += [text for text in part.corrupt.tolist() if text is not None]
                 yield part
 
-    def _opened(self, table: pa.Table, shape: tuple[int, ...]) -> Batch:
-        """What a task made, images of `shape` each."""
-        note = _note(table)
+    def _opened(self, table: pa.Table) -> Batch:
+        """What a task made."""
+        note, views = _note(table), self.views
         self.account.bytes_read += note["bytes_read"]
         self.account.groups_read += note["groups_read"]
         self.account.groups_cached += note["groups_cached"]
         labels, mixed = (_array(table, name, np.int32) for name in ("labels", "mixed_labels"))
         corrupt = np.array(note["corrupt"] or [None] * len(labels), object)
-        images = _array(table, "images", np.uint8).reshape(-1, *shape)
-        return Batch(images, labels, mixed, _array(table, "share", np.float32), corrupt)
+        images, local = (
+            _array(table, name, np.uint8).reshape(len(labels), count, size, size, 3)
+            for name, count, size in (
+                ("images", views.count, views.image_size),
+                ("local", views.local_views, views.local_size),
+            )
+        )
+        return Batch(images, local, labels, mixed, _array(table, "share", np.float32), corrupt)
 
 
 def rows_per_task(batch: int, views: Views, task_mb: int) -> int:
     """Rows of one task: whole batches of a worker where they are small, else an even part of one."""
-    wanted = max(1, task_mb * 2**20 // (views.count * views.image_size**2 * 3))
+    wanted = max(1, task_mb * 2**20 // views.bytes)
     return wanted // batch * batch if wanted >= batch else -(-batch // -(-batch // wanted))
 
 
@@ -216,19 +240,20 @@ def augment_rows(picked: Picked, epochs: Rows, views: Views, partners: Picked | 
     For what cannot be decoded the nearest image that can stands in. Raises DataError when not one can.
     """
     ids, labels, images = picked
-    size, count = views.image_size, len(ids)
-    out = np.empty((count, views.count, size, size, 3), np.uint8)
+    count = len(ids)
+    out = np.empty((count, views.count, views.image_size, views.image_size, 3), np.uint8)
+    local = np.empty((count, views.local_views, views.local_size, views.local_size, 3), np.uint8)
     mixed, share = labels.copy(), np.ones(count, np.float32)
     corrupt: dict[int, str] = {}
-    for view in range(views.count):
-        draws = draw(views.seed, epochs, ids, view)
-        for row, planned in enumerate(plan_views(size, views.augment, draws)):
+    for number, place in enumerate([*np.moveaxis(out, 1, 0), *np.moveaxis(local, 1, 0)]):
+        draws = draw(views.seed, epochs, ids, number)
+        for row, planned in enumerate(views.plan(number, draws)):
             try:
-                out[row, view] = _augment(images[row], planned)
+                place[row] = _augment(images[row], planned)
             except DecodeError as error:
                 corrupt[row] = str(error)
         if partners is not None:
-            _mix_in(out[:, view], share, draws, partners, epochs, views)
+            _mix_in(place, share, draws, partners, epochs, views)
     if partners is not None:
         mixed = partners.labels
     if corrupt:
@@ -237,12 +262,12 @@ def augment_rows(picked: Picked, epochs: Rows, views: Views, partners: Picked | 
             raise DataError(f"not one of {count} images in a row can be decoded, the first: {ids[0]}: {corrupt[0]}")
         for row in corrupt:
             other = good[np.argmin(np.abs(good - row))]
-            for values in (out, labels, mixed, share):
+            for values in (out, local, labels, mixed, share):
                 values[row] = values[other]
     told = np.full(count, None, object)
     for row, reason in corrupt.items():
         told[row] = f"{ids[row]} {reason}"
-    return Batch(out, labels, mixed, share, told)
+    return Batch(out, local, labels, mixed, share, told)
 
 
 def _augment(image: Pixels | bytes, view: View) -> Pixels:
@@ -254,7 +279,7 @@ def _mix_in(
     images: Pixels, share: NDArray[np.float32], draws: Draws, partners: Picked, epochs: Rows, views: Views
 ) -> None:
     """Mix each image with its partner, in place; the partner is augmented as it is by itself in this epoch."""
-    planned = plan_views(views.image_size, views.augment, draw(views.seed, epochs, partners.ids, 0))
+    planned = views.plan(0, draw(views.seed, epochs, partners.ids, 0))
     for row, image in enumerate(partners.images):
         mixing = mix_share(views.augment, draws[row])
         if mixing.kind == "none":

@@ -17,13 +17,14 @@ class BarlowTwins(Method):
     """The cross-correlation of the dimensions of two views is made the identity.
 
     Equation 1: sum over i of (1 - C_ii)^2 + redundancy_weight * sum over i ≠ j of C_ij^2, where C (equation 2) is the
-    correlation over the global batch between dimension i of one view and j of the other.
+    correlation over the global batch between dimension i of one view and j of the other. The projector has three
+    layers, the first two with batch normalisation (section 2.2).
     """
 
     def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
         super().__init__(config, backbone, classes)
         self._redundancy_weight = config.redundancy_weight
-        self.head = projection_head(config, backbone.output_shape[-1])
+        self.head = projection_head(config, backbone.output_shape[-1], layers=3, norm=True)
 
     def loss(
         self, outputs: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor

@@ -20,6 +20,9 @@ METHODS = {
     "vicreg": "jobs.ssl.vicreg:VICReg",
     "barlow_twins": "jobs.ssl.barlow_twins:BarlowTwins",
     "supervised": "jobs.ssl.supervised:Supervised",
+    "byol": "jobs.ssl.byol:BYOL",
+    "dino": "jobs.ssl.dino:DINO",
+    "mae": "jobs.ssl.mae:MAE",
 }
 
 
@@ -28,6 +31,8 @@ class Method:
 
     views = 2
     """Augmented views of each image."""
+    multi_crop = False
+    """Whether it takes smaller local views as well, `local_views` of the recipe."""
     separable = False
     """Whether the loss is a sum over images that look at no other."""
     head: "keras.Model"
@@ -39,10 +44,11 @@ class Method:
         """For a data set of `classes`."""
         self.config, self.backbone = config, backbone
 
-    def forward(self, images: "tf.Tensor") -> Any:
-        """What the loss compares: a tensor or several, one row for each of `images`.
+    def forward(self, images: Any) -> Any:
+        """What the loss compares: a tensor or several, their first axis in the order of `images`.
 
-        `images` is uint8 [batch × views, height, width, channel], the views of an image side by side.
+        `images` is uint8 [batch × views, height, width, channel], the views of an image side by side; with local views
+        it is a pair of such tensors, the global ones and the local ones.
         """
         return self.head(self.backbone(images, training=True), training=True)
 
@@ -57,8 +63,8 @@ class Method:
         """
         raise NotImplementedError
 
-    def project(self, embeddings: "tf.Tensor") -> "tf.Tensor":
-        """What the probe watches beside the backbone: [n, dimension] in which the loss compares images."""
+    def project(self, embeddings: "tf.Tensor") -> "tf.Tensor | None":
+        """What the loss compares of embeddings [n, dimension], one vector each; None where it compares no images."""
         return self.head(embeddings, training=False)
 
     def after_step(self, progress: "tf.Tensor") -> None:
@@ -70,9 +76,10 @@ def build_method(config: PretrainConfig, backbone: "keras.Model", classes: int) 
     return _class_of(config)(config, backbone, classes)
 
 
-def views_of(config: PretrainConfig) -> int:
-    """Views of each image that the method wants, without building it."""
-    return _class_of(config).views
+def views_of(config: PretrainConfig) -> tuple[int, int]:
+    """(views, local views) of each image that the method wants, without building it."""
+    method = _class_of(config)
+    return method.views, config.local_views if method.multi_crop else 0
 
 
 def _class_of(config: PretrainConfig) -> type[Method]:

@@ -1,6 +1,6 @@
-"""What methods that compare two views of an image share: the head, and statistics of the global batch.
+"""What methods that compare views of an image share: heads, and statistics of the global batch.
 
-Views lie side by side: projections are float32 [batch × 2, dimension].
+The two views of an image lie side by side: projections are float32 [batch × 2, dimension].
 """
 
 from collections.abc import Callable
@@ -8,19 +8,31 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
+from jobs.model.normalization import SyncBatchNormalization
 from jobs.training.config import PretrainConfig
 
 
-def projection_head(config: PretrainConfig, dimension: int) -> keras.Model:
-    """Two layers on top of embeddings of `dimension` (Chen et al. 2020, section 4.2)."""
-    return keras.Sequential(
-        [
-            keras.Input((dimension,)),
-            keras.layers.Dense(config.projection_hidden, activation="relu", name="hidden"),
-            keras.layers.Dense(config.projection_dim, name="projection", dtype="float32"),
-        ],
-        name="head",
-    )
+def projection_head(
+    config: PretrainConfig,
+    dimension: int,
+    layers: int,
+    norm: bool,
+    activation: str = "relu",
+    name: str = "head",
+) -> keras.Sequential:
+    """Dense layers on vectors of `dimension`: `activation` between them, before it `norm`, nothing after the last.
+
+    There are as many as the recipe says, or else `layers`. Normalisation goes by the global batch.
+    """
+    count = config.projection_layers or layers
+    head = keras.Sequential([keras.Input((dimension,))], name=name)
+    for number in range(1, count):
+        head.add(keras.layers.Dense(config.projection_hidden, use_bias=not norm, name=f"hidden_{number}"))
+        if norm:
+            head.add(SyncBatchNormalization(momentum=0.9, epsilon=1e-5, name=f"norm_{number}"))
+        head.add(keras.layers.Activation(activation, name=f"{activation}_{number}"))
+    head.add(keras.layers.Dense(config.projection_dim, name="projection", dtype="float32"))
+    return head
 
 
 def both_views(

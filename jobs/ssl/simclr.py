@@ -15,14 +15,14 @@ class SimCLR(Method):
 
     NT-Xent, equation 1 of the paper: for a positive pair (i, j) among the 2N views z of the global batch,
     l(i, j) = -log( exp(sim(z_i, z_j) / tau) / sum over k ≠ i of exp(sim(z_i, z_k) / tau) ), averaged over all 2N
-    ordered pairs; sim is the cosine. Negatives are gathered across workers.
+    ordered pairs; sim is the cosine. Negatives are gathered across workers. The head has two layers (section 4.2).
     """
 
     def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
         super().__init__(config, backbone, classes)
         self._temperature = config.temperature
         self._pairs = 2 * config.global_batch_size
-        self.head = projection_head(config, backbone.output_shape[-1])
+        self.head = projection_head(config, backbone.output_shape[-1], layers=2, norm=False)
 
     def loss(
         self, outputs: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor

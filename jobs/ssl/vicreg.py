@@ -22,13 +22,14 @@ class VICReg(Method):
     v is the mean over the dimensions of max(0, 1 - sqrt(Var(z) + 1e-4)) (equations 1 and 2); c the sum of the squared
     covariances of different dimensions, divided by the number of dimensions (equation 4). s is the mean squared
     difference over images and dimensions, as in the authors' code, whose weights (25, 25, 1) are meant for it; equation
-    5 sums over the dimensions. All statistics are of the global batch.
+    5 sums over the dimensions. All statistics are of the global batch. The expander has three layers, the first two
+    with batch normalisation (section 4.2).
     """
 
     def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
         super().__init__(config, backbone, classes)
         self._weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)
-        self.head = projection_head(config, backbone.output_shape[-1])
+        self.head = projection_head(config, backbone.output_shape[-1], layers=3, norm=True)
 
     def loss(
         self, outputs: tf.Tensor, targets: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor], rank: tf.Tensor

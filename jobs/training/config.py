@@ -1,8 +1,9 @@
 """The recipe sections that describe training: pre-training, fine-tuning, export."""
 
+import os
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.schema import Section
 from jobs.data.config import AugmentConfig
@@ -30,12 +31,15 @@ class SentinelConfig(Section):
 class PretrainConfig(Section):
     """Distributed pre-training."""
 
-    method: Literal["simclr", "vicreg", "barlow_twins", "supervised"] = "simclr"
+    method: Literal["simclr", "vicreg", "barlow_twins", "supervised", "byol", "dino", "mae"] = "simclr"
+    initial: str | None = None
+    """What the backbone starts from instead of random weights: the directory of a helio checkpoint, or a Keras file
+    (`.weights.h5`, `.keras`) of the same architecture."""
     epochs: int = Field(default=10, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     """Ends the run sooner; the schedule is laid out for what is really run."""
     global_batch_size: int = Field(default=256, ge=2)
-    """Images a step over all workers (all but supervised see two views of each)."""
+    """Images a step over all workers (all but supervised and mae see two views of each, dino local ones as well)."""
     micro_batches: int = Field(default=1, ge=1)
     """Pieces in which each worker computes its part of a batch, one after another, to need less memory. The gradient is
     that of the whole batch, but for what batch normalisation sees; a loss that compares images computes them twice."""
@@ -63,7 +67,35 @@ class PretrainConfig(Section):
     """Barlow Twins' lambda (Zbontar et al. 2021, section 2.2)."""
     projection_hidden: int = Field(default=256, ge=1)
     projection_dim: int = Field(default=64, ge=2)
-    """Width of the hidden and of the last layer of the projection head of self-supervised methods."""
+    """Width of the hidden layers and of the last one of the projection head of self-supervised methods."""
+    projection_layers: int | None = Field(default=None, ge=1, le=8)
+    """Of that head. Where it is not given, as in the papers: 2 for simclr and byol, 3 for the others."""
+    target_momentum: float = Field(default=0.99, ge=0, le=1)
+    """Share of itself that byol's target and dino's teacher keep in the first step, rising to 1 in the last. Short runs
+    want less: Grill et al. 2020 take 0.99 for up to 300 epochs and 0.996 for 1,000, Caron et al. 2021 take 0.996."""
+    stop_gradient: bool = True
+    """Of byol; without it, its features become one point."""
+    prototypes: int = Field(default=1024, ge=2)
+    """Outputs of dino's head, K (Caron et al. 2021 take 65,536 on ImageNet)."""
+    student_temperature: float = Field(default=0.1, gt=0)
+    teacher_temperature: float = Field(default=0.04, gt=0)
+    """Dino's tau (Caron et al. 2021, section 3.2)."""
+    center_momentum: float = Field(default=0.9, ge=0, le=1)
+    """Dino's m (equation 4); 1 leaves the centre at zero, and the teacher comes to say the same of every image."""
+    local_views: int = Field(default=4, ge=0, le=16)
+    """Smaller views of each image beside dino's two (Caron et al. 2021 take 8 or 10)."""
+    local_size: int | None = Field(default=None, ge=4, le=1024)
+    """Pixels of a local view, height and width; half of data.image_size where it is not given."""
+    local_crop_min_area: float = Field(default=0.05, gt=0, le=1)
+    local_crop_max_area: float = Field(default=0.4, gt=0, le=1)
+    """Share of the area that a local view shows (Caron et al. 2021, section 3.2); `augment` holds for the rest. Their
+    two global views show 0.4 and more: augment.crop_min_area."""
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of the patches that mae hides (He et al. 2022, figure 5)."""
+    decoder_width: int = Field(default=128, ge=8, le=1024, multiple_of=4)
+    decoder_depth: int = Field(default=2, ge=1, le=16)
+    """Channels and blocks of mae's decoder. He et al. 2022 take 512 and 8 beside a ViT-L, and find that it can be far
+    lighter (table 1)."""
     augment: AugmentConfig = AugmentConfig()
     sentinel: SentinelConfig = SentinelConfig()
     checkpoint_every_epochs: int = Field(default=1, ge=1)
@@ -83,6 +115,25 @@ class PretrainConfig(Section):
     knn_train_images: int = Field(default=2000, ge=10)
     knn_test_images: int = Field(default=1000, ge=10)
     """Training images in the probe's memory, and validation images that it labels."""
+
+    @field_validator("initial")
+    @classmethod
+    def _absolute(cls, initial: str | None) -> str | None:
+        # A run may go on from another directory.
+        return None if initial is None else os.path.abspath(os.path.expanduser(initial))
+
+    def local_size_for(self, image_size: int) -> int:
+        """Pixels of a local view, height and width, of images of this size."""
+        return self.local_size or image_size // 2
+
+    @model_validator(mode="after")
+    def _local_views_show_a_range(self) -> "PretrainConfig":
+        if self.local_crop_min_area > self.local_crop_max_area:
+            raise ValueError(
+                f"local_crop_min_area must not exceed local_crop_max_area, got {self.local_crop_min_area:g} and "
+                f"{self.local_crop_max_area:g}: exchange them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _only_labels_can_be_mixed(self) -> "PretrainConfig":

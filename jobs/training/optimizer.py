@@ -7,8 +7,9 @@ if TYPE_CHECKING:
 
     from jobs.training.config import PretrainConfig
 
-NOT_DECAYED = ["bias", "gamma", "beta"]
-"""Weight decay on biases and normalisation only shrinks what has no scale to lose (Goyal et al. 2017, section 5.3)."""
+NOT_DECAYED = ["bias", "gamma", "beta", "token"]
+"""Weight decay on biases, normalisation and learned tokens only shrinks what has no scale to lose (Goyal et al. 2017,
+section 5.3)."""
 
 ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
 """Share of the steps in which one-cycle rises, and where it begins, of the peak (fast.ai's figures)."""

@@ -32,11 +32,11 @@ Item = tuple[str, int, int | None]
 
 @dataclass(frozen=True)
 class Networks:
-    """What is looked at: the backbone, and what the method's loss compares, where that is one vector an image."""
+    """What is looked at: the backbone, and what the method's loss compares."""
 
     backbone: keras.Model
-    project: Callable[[tf.Tensor], tf.Tensor] | None
-    """From embeddings to projections, float32 [n, dimension] each."""
+    project: Callable[[tf.Tensor], tf.Tensor | None]
+    """From embeddings to projections, float32 [n, dimension] each, or to nothing."""
 
 
 class Probe:
@@ -80,8 +80,8 @@ class Probe:
 
         def features(batch: tf.Tensor) -> tf.Tensor:
             embeddings = networks.backbone(batch, training=False)
-            both = [embeddings, networks.project(embeddings)] if networks.project else [embeddings]
-            return gather(tf.concat(both, axis=-1))
+            projections = networks.project(embeddings)
+            return gather(embeddings if projections is None else tf.concat([embeddings, projections], axis=-1))
 
         self._features = tf.function(lambda batch: strategy.run(features, args=(batch,)))
 

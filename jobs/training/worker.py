@@ -17,13 +17,14 @@ from cluster.profile import DataResources, TrainResources
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.data.order import training_order
-from jobs.data.stream import Account, TrainStream, Views
+from jobs.data.stream import Account, Batch, TrainStream, Views
 from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
 from jobs.training.checkpoint import Begun, State, assign, host_copies, weights_hash
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
 from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
 from jobs.training.probing import Networks, Probe
@@ -88,7 +89,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.dataset = Dataset.open(assignment.dataset)
-        self.views = Views(assignment.data.image_size, views_of(config), config.augment, assignment.seed)
+        self.views = _views(assignment)
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
@@ -97,6 +98,9 @@ class _Worker:
             assignment.remedies,
         )
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
+        self.store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
+        if config.initial is not None and not self.store.steps():
+            load_initial(self.backbone, config.initial)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
         self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
@@ -119,7 +123,6 @@ class _Worker:
         self.begun = _NOT_BEGUN
         self.stopped = False
         """Whether training cannot go on, on every worker; the driver has been told why."""
-        self.store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
         self.keeper = Keeper(self.store, config.keep_checkpoints, config.keep_best, self._notify)
         self._restore()
         self.probe = Probe(
@@ -144,9 +147,7 @@ class _Worker:
         figures, since = np.array(self.begun.figures), self.begun.steps
         started, told = time.monotonic() - self.begun.elapsed_s, time.monotonic()
         for batch in stream:
-            # Views are a part of the batch for the model: [batch × views, height, width, channel].
-            images = tf.constant(batch.images.reshape(-1, *batch.images.shape[2:]))
-            figures += self.train_step(images, tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
+            figures += self.train_step(_for_model(batch), tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
             self.step += 1
             since += 1
             means = _means(figures, since)
@@ -276,6 +277,7 @@ class _Worker:
         return {
             "backbone": self.backbone.weights,
             "head": self.method.head.weights,
+            "method": self.method.state,
             "optimizer": self.optimizer.variables,
         }
 
@@ -315,7 +317,7 @@ class _Worker:
         # Only then are there never more than one copy in memory and one checkpoint to be lost.
         self.keeper.wait()
         parts = {name: host_copies(variables) for name, variables in self._parts().items()}
-        digest = weights_hash([*parts["backbone"], *parts["head"]])
+        digest = weights_hash([*parts["backbone"], *parts["head"], *parts["method"]])
         words = [int(digest[i : i + 7], 16) for i in range(0, 56, 7)]
         told = self._gather_ints([*words, int(self.keeper.given_up)])
         if len(np.unique(told[:, :-1], axis=0)) != 1:
@@ -358,6 +360,19 @@ class _Worker:
     def _notify(self, text: str) -> None:
         """Tell the user a line, from whatever thread."""
         ray.get(self.assignment.events.put.remote({"step": self.step, "kind": "notice", "text": text}))
+
+
+def _for_model(batch: Batch) -> Any:
+    """Views are a part of the batch for the model: [batch × views, height, width, channel]. Local ones come apart."""
+    parts = [tf.constant(views.reshape(-1, *views.shape[2:])) for views in (batch.images, batch.local) if views.size]
+    return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _views(assignment: Assignment) -> Views:
+    config, size = assignment.pretrain, assignment.data.image_size
+    count, local_views = views_of(config)
+    area = (config.local_crop_min_area, config.local_crop_max_area)
+    return Views(size, count, config.augment, assignment.seed, local_views, config.local_size_for(size), area)
 
 
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:

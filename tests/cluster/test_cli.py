@@ -130,6 +130,28 @@ MISTAKES = {
         ["pretrain.global_batch_size=63"],
         "must be a multiple of the 2 workers of profile local, got 63: use 62",
     ),
+    "a backbone that cannot be masked": (
+        ["pretrain.method=mae"],
+        "needs a ViT, which can leave out patches, got model.backbone=convnet: use vit_tiny",
+    ),
+    "images that are no whole number of patches": (
+        ["model.backbone=vit_tiny", "data.image_size=30"],
+        "data.image_size must be a multiple of the 4 pixels of a patch (model.patch_size), got 30: use 28 or 32",
+    ),
+    "local views that are no whole number of patches": (
+        ["model.backbone=vit_tiny", "pretrain.method=dino", "pretrain.local_size=18"],
+        "pretrain.local_size must be a multiple of the 4 pixels of a patch (model.patch_size), got 18: use 16 or 20",
+    ),
+    "a ViT with batch normalisation": (
+        ["model.backbone=vit_tiny", "model.norm=batch"],
+        "norm must be layer for vit_tiny, got batch: leave it out",
+    ),
+    "weights to start from that are not there": (["pretrain.initial=a.keras"], "pretrain.initial: there is no "),
+    "weights to start from that are no weights": (["pretrain.initial=bad.keras"], "cannot be read as a Keras file: "),
+    "a start of another architecture": (
+        ["pretrain.initial=checkpoint"],
+        "is of another architecture: it has width 48, not 32",
+    ),
     "more CPUs than there are": (
         ["profile.train.workers=640", "pretrain.global_batch_size=640"],
         "asks for 640 CPUs in pretrain, this machine has",
@@ -161,6 +183,7 @@ def test_a_mistake_gets_one_line_and_leaves_nothing_behind(environment: None, tm
     state = State(1, 0, 32, ModelConfig(width=48).model_dump(), "simclr", 64, "", 0.0, [], [], "", "")
     write_checkpoint(tmp_path / "checkpoint", state, {})
     (tmp_path / "mine.yaml").write_text(RECIPE)
+    (tmp_path / "bad.keras").write_text("")
     arguments, expected = MISTAKES[mistake]
     line = _one_line(helio("run", "mine.yaml", *arguments, cwd=tmp_path))
     assert expected in line

@@ -73,42 +73,44 @@ def _pixels(
     augment: AugmentConfig,
     cache_gb: float = 2.0,
     shuffled_by: int = 5,
+    local_views: int = 0,
 ) -> list[Counter[str]]:
     """A digest of every view in each step's global batch."""
     order = training_order(dataset, DataConfig(), shuffled_by, 64)
-    views = Views(32, 1 if augment.mixes else 2, augment, 5)
+    views = Views(32, 1 if augment.mixes else 2, augment, 5, local_views, 16)
     steps: list[Counter[str]] = [Counter() for _ in range(start, stop)]
     for rank in range(world):
         stream = TrainStream(dataset, order, views, rank, world, start, stop, DataResources(cache_gb=cache_gb))
         for number, batch in enumerate(stream):
             assert batch.images.shape == (64 // world, views.count, 32, 32, 3)
             assert batch.images.dtype == np.uint8
-            for image, target in zip(batch.images, batch.targets(10), strict=True):
-                steps[number][f"{target} {hashlib.sha256(image.tobytes()).hexdigest()}"] += 1
+            assert batch.local.shape == (64 // world, local_views, 16, 16, 3)
+            for image, local, target in zip(batch.images, batch.local, batch.targets(10), strict=True):
+                steps[number][f"{target} {hashlib.sha256(image.tobytes() + local.tobytes()).hexdigest()}"] += 1
         assert number == stop - start - 1
     return steps
 
 
 @pytest.mark.parametrize(
-    "augment",
+    ("augment", "local_views"),
     [
-        AugmentConfig(rotation_degrees=10, blur=0.5, solarize=0.2),
-        AugmentConfig(policy="randaugment", mixup=0.4, cutmix=1.0),
+        (AugmentConfig(rotation_degrees=10, blur=0.5, solarize=0.2), 2),
+        (AugmentConfig(policy="randaugment", mixup=0.4, cutmix=1.0), 0),
     ],
     ids=["views", "mixed"],
 )
 def test_the_same_pixels_on_one_two_and_four_workers_and_after_a_resume(
-    dataset: Dataset, augment: AugmentConfig
+    dataset: Dataset, augment: AugmentConfig, local_views: int
 ) -> None:
-    alone = _pixels(dataset, 1, 0, 24, augment)
-    assert _pixels(dataset, 2, 0, 24, augment) == alone
-    assert _pixels(dataset, 4, 12, 24, augment) == alone[12:]
-    assert _pixels(dataset, 1, 0, 24, augment, cache_gb=0) == alone
+    alone = _pixels(dataset, 1, 0, 24, augment, local_views=local_views)
+    assert _pixels(dataset, 2, 0, 24, augment, local_views=local_views) == alone
+    assert _pixels(dataset, 4, 12, 24, augment, local_views=local_views) == alone[12:]
+    assert _pixels(dataset, 1, 0, 24, augment, cache_gb=0, local_views=local_views) == alone
     # 24 steps of 64 are more than the rows of an epoch: no image may look the same in the next.
     digests: Counter[str] = sum(alone, Counter())
     assert max(digests.values()) == 1
     # In another order the whole first epoch has the same pixels, however the second is cut.
-    shuffled: Counter[str] = sum(_pixels(dataset, 1, 0, 24, augment, shuffled_by=6), Counter())
+    shuffled: Counter[str] = sum(_pixels(dataset, 1, 0, 24, augment, shuffled_by=6, local_views=local_views), Counter())
     assert (digests & shuffled).total() >= dataset.count("train")
 
 
