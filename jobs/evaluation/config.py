@@ -20,15 +20,15 @@ class EvaluateConfig(Section):
     """Shares of each class's training images whose labels are used; at least one image of each class."""
     seeds: int = Field(default=3, ge=2)
     """Repeats, each with other labelled images, orders and initial weights: the same ones for both starts."""
-    steps: int = Field(default=600, ge=1)
+    steps: int = Field(default=1500, ge=1)
     """Optimizer steps of one fine-tuning. Few labels need many passes over few images, and many labels few over many:
-    so the steps are given, and the passes bound them."""
+    so the steps are given, and the passes bound them. Too few flatter the pre-trained start: scratch needs more."""
     min_epochs: int = Field(default=5, ge=1)
-    """More steps where they would make fewer passes than this over the labelled images: scratch needs its time, too."""
+    """More steps where they would make fewer passes than this over the labelled images."""
     max_epochs: int = Field(default=100, ge=1)
     """Fewer steps where they would make more passes than this: then nothing is left to learn from so few images."""
     max_steps: int | None = Field(default=None, ge=1)
-    """Never more steps than this, whatever `min_epochs` says."""
+    """Never more steps than this, whatever `min_epochs` says: for a machine on which all labels would take too long."""
     learning_rates: list[Positive] = Field(default=[3e-4, 1e-3, 3e-3], min_length=1)
     """Tried with the first seed; at each fraction each start keeps the one that is best on the validation split."""
     linear_penalties: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1], min_length=1)

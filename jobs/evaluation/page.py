@@ -12,7 +12,10 @@ from jobs.evaluation.cells import METHODS
 from jobs.evaluation.verdict import sentence
 
 HEAD = ["labels", "images", "accuracy, %", "pre-trained", "from scratch", "difference, points", "pre-trained is"]
-CAPTION = "Test accuracy, and the difference of the two starts, with 95 % intervals over seeds and test images"
+CAPTION = (
+    "Test accuracy and the difference of the two starts, with 95 % intervals over seeds and test images; without "
+    "pre-training the probes' features are those of random weights"
+)
 SHORT = {"no difference shown": "not shown"}
 COLORS = {"pretrained": BLUE, "scratch": VERMILION}
 STARTS = {"pretrained": "pre-trained", "scratch": "from scratch"}
@@ -20,18 +23,18 @@ LINES = {"finetune": ("-", "o"), "linear": ("--", "s")}
 
 
 def evaluation_page(document: Mapping[str, Any]) -> RenderableType:
-    """The table and the verdict; 100 columns suffice."""
+    """The table and the verdict; 100 columns suffice. The intervals of single accuracies are in the report alone."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in HEAD:
         table.add_column(name, justify="left" if name in ("accuracy, %", "pre-trained is") else "right")
-    for row in _rows(document):
+    for row in _rows(document, whole=False):
         table.add_row(*row)
     return Group("", table, *evaluation_lines(document), "")
 
 
 def evaluation_sheet(document: Mapping[str, Any]) -> Sheet:
     """The table of the report; the rows that the verdict rests on are marked."""
-    rows = list(_rows(document))
+    rows = list(_rows(document, whole=True))
     fractions = [entry["fraction"] for entry in document["fractions"]]
     marked = len(METHODS) * fractions.index(document["verdict"]["labels_fraction"])
     return Sheet(CAPTION, HEAD, rows, frozenset([marked]))
@@ -82,12 +85,16 @@ def evaluation_chart(document: Mapping[str, Any]) -> Chart:
     return draw_chart(f"Test accuracy by share of labels, mean of {seeds} seeds, with 95 % intervals", paint)
 
 
-def _rows(document: Mapping[str, Any]) -> Iterator[list[str]]:
+def _rows(document: Mapping[str, Any], whole: bool) -> Iterator[list[str]]:
     for entry in document["fractions"]:
         for number, (method, name) in enumerate(METHODS.items()):
             compared = entry[method]
             share = [f"{100 * entry['fraction']:.3g} %", f"{entry['images']:,}"] if number == 0 else ["", ""]
-            accuracies = [_interval(compared[arm]["accuracy"], compared[arm]["interval"], "") for arm in STARTS]
+            arms = [compared[arm] for arm in STARTS]
+            accuracies = [
+                _interval(arm["accuracy"], arm["interval"], "") if whole else f"{100 * arm['accuracy']:.1f}"
+                for arm in arms
+            ]
             gain = _interval(compared["difference"], compared["interval"], "+")
             yield [*share, name, *accuracies, gain, SHORT.get(compared["verdict"], compared["verdict"])]
 
