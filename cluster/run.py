@@ -5,6 +5,7 @@
     run.log             everything that helio, Ray and TensorFlow said
     stages/<stage>.json result and seconds of each finished stage
     results.json        the figures of the whole run
+    evaluation.json     what `helio evaluate` found, from the files in evaluate/
     report.html
 """
 

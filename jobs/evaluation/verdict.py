@@ -111,5 +111,6 @@ def sentence(verdict: Mapping[str, Any]) -> str:
         "no difference shown": "no difference between the pre-trained start and scratch is shown",
     }[verdict["verdict"]]
     low, high = (100 * value for value in verdict["interval"])
-    gain = f"{100 * verdict['difference']:+.1f} points ({low:+.1f} to {high:+.1f})"
+    seeds = "1 seed" if verdict["seeds"] == 1 else f"{verdict['seeds']} seeds"
+    gain = f"{100 * verdict['difference']:+.1f} points ({low:+.1f} to {high:+.1f}; {seeds})"
     return f"with {100 * verdict['labels_fraction']:.3g} % of the labels {says}: {gain}"
