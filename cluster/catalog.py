@@ -10,6 +10,7 @@ SECTIONS = {
     "pretrain": "jobs.training.config:PretrainConfig",
     "finetune": "jobs.training.config:FinetuneConfig",
     "tune": "tuning.config:TuneConfig",
+    "evaluate": "jobs.evaluation.config:EvaluateConfig",
     "export": "jobs.training.config:ExportConfig",
     "serve": "serving.config:ServeConfig",
 }

@@ -56,6 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe(deploy, required=True)
     deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")
     deploy.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
+    evaluate = commands.add_parser("evaluate", help="compare the pre-trained start of a run with one from scratch")
+    evaluate.add_argument("run", metavar="RUN", help="a run that has finished pre-training")
+    evaluate.add_argument("overrides", nargs="*", metavar="evaluate.key=value")
+    evaluate.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: its own)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document")
     _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
     _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
@@ -148,6 +153,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _predict(arguments, output)
     if arguments.command == "data":
         return _data(arguments, output)
+    if arguments.command == "evaluate":
+        return _evaluate(arguments, output)
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -237,6 +244,21 @@ def _data(arguments: argparse.Namespace, output: "Output") -> int:
         options["show"] = (arguments.dataset, storage, arguments.output, loaded)
     command = catalog.load(f"jobs.datasets:{arguments.action}_command")
     code: int = command(*options[arguments.action], arguments.json, output)
+    return code
+
+
+def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.progress import RunProgress
+    from cluster.run import open_run
+
+    profile, overrides = _profile(arguments)
+    others = [word for word in overrides if not word.startswith("evaluate.")]
+    if others:
+        raise HelioError(f"a run keeps its recipe: helio evaluate takes evaluate.key=value alone, got {others[0]}")
+    own = [o for o in arguments.overrides if o.startswith("profile.")]
+    progress = RunProgress(output.messages)
+    run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
+    code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
     return code
 
 

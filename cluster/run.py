@@ -5,6 +5,7 @@
     run.log             everything that helio, Ray and TensorFlow said
     stages/<stage>.json result and seconds of each finished stage
     results.json        the figures of the whole run
+    evaluation.json     what `helio evaluate` found, from the files in evaluate/
     report.html
 """
 
@@ -108,10 +109,17 @@ def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
     return Run(recipe, profile, directory, progress)
 
 
-def open_run(reference: str, profile: Profile | None, profile_overrides: Sequence[str], progress: RunProgress) -> Run:
+def open_run(
+    reference: str,
+    profile: Profile | None,
+    profile_overrides: Sequence[str],
+    progress: RunProgress,
+    overrides: Sequence[str] = (),
+) -> Run:
     """Open an existing run by name or directory, to go on with its recipe.
 
-    It goes on on `profile`, or on the profile that it began with, changed by `profile.key=value` overrides.
+    It goes on on `profile`, or on the profile that it began with, changed by `profile.key=value` overrides. `overrides`
+    are of the recipe, for what begins with this command.
     """
     runs = (profile or load_profile("local", profile_overrides)).storage_path / "runs"
     directory = next((d.resolve() for d in (runs / reference, Path(reference)) if (d / "run.json").is_file()), None)
@@ -127,7 +135,10 @@ def open_run(reference: str, profile: Profile | None, profile_overrides: Sequenc
         profile = validate(Profile, document.data, document)
     # The storage of a run is where the run lies, whatever directory the command is called from.
     profile = profile.model_copy(update={"storage": str(directory.parent.parent)})
-    return Run(build_recipe(Document("run.json", record["recipe"])), profile, directory, progress)
+    recipe = Document("run.json", record["recipe"])
+    for override in overrides:
+        recipe.override(override, catalog.SECTIONS)
+    return Run(build_recipe(recipe), profile, directory, progress)
 
 
 def new_directory(parent: Path, name: str) -> Path:

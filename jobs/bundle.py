@@ -1,7 +1,7 @@
 """A bundle: a TensorFlow SavedModel with its preprocessing inside, and a manifest that says where it came from.
 
     <bundle>/
-        manifest.json   classes, image size, metrics, lineage
+        manifest.json   classes, image size, metrics, lineage, evaluation (is pre-training worth it?)
         model/          SavedModel with two signatures:
                           serving_default  images: encoded bytes [n]             (JPEG, PNG, BMP, GIF, WebP)
                           pixels           images: uint8 [n, size, size, 3] RGB  (from jobs.data.decode)
@@ -139,6 +139,13 @@ def write_bundle(
     tf.saved_model.save(module, str(temporary / "model"), signatures=signatures)
     write_json(temporary / "manifest.json", {"format": FORMAT, "image_size": image_size, **manifest})
     temporary.rename(directory)
+    return Bundle.open(directory)
+
+
+def complete_manifest(directory: Path, entries: dict[str, Any]) -> Bundle:
+    """Add to the manifest of a bundle what became known after it was written, and before anyone knows its digest."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    write_json(directory / "manifest.json", {**manifest, **entries})
     return Bundle.open(directory)
 
 

@@ -87,7 +87,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
     present = {state_name(trial) for trial in trials}
 
     def paint(figure: Any) -> None:
-        axes = axes_of(figure, "trial number")
+        axes = chart_axes(figure, "trial number")
         axes.set_ylabel("best validation accuracy (%)")
         for name, search in searches.items():
             numbers: list[float] = []
@@ -107,7 +107,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
                 axes.plot(number, 100 * best, color=color, **marker)
             axes.plot(numbers, running, color=color, drawstyle="steps-post", linewidth=1.4)
         lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
-        legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
+        chart_legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
 
     return draw_chart("Best accuracy of each trial, in the order in which they began", paint)
 
@@ -119,7 +119,7 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
 
     def chart(name: str, search: Mapping[str, Any]) -> Chart:
         def paint(figure: Any) -> None:
-            axes = axes_of(figure, "epoch (passes over the labelled images)")
+            axes = chart_axes(figure, "epoch (passes over the labelled images)")
             axes.set_ylabel("validation accuracy (%)")
             axes.set_ylim(*limits)
             color, winner = SEARCH_COLORS[name], search["best"]["number"]
@@ -132,7 +132,7 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
                 axes.plot(len(curve), curve[-1], **look, **_MARKERS[state_name(trial)])
             ends = {state_name(trial) for trial in trials}
             states = [(state, GREY, "", state) for state in _MARKERS if state in ends]
-            legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
+            chart_legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
 
         return draw_chart(f"Learning curves, {SEARCH_NAMES[name]}", paint)
 
@@ -244,8 +244,8 @@ def shortened(name: str) -> str:
     return name if len(name) <= LABEL_LENGTH else f"{name[: LABEL_LENGTH - 1]}…"
 
 
-def axes_of(figure: Any, x_label: str) -> Any:
-    """One pair of axes, whose x counts something."""
+def chart_axes(figure: Any, x_label: str) -> Any:
+    """Axes whose lower one counts something, as steps or trials."""
     axes = figure.subplots()
     axes.set_xlabel(x_label)
     whole_numbers(axes)
@@ -259,7 +259,7 @@ def whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
+def chart_legend(figure: Any, entries: Iterable[tuple[str, str, str, str]], columns: int = 3) -> None:
     """Put a legend above the axes; an entry is text, colour, line style and marker or state of a trial."""
     from matplotlib.lines import Line2D
 
@@ -267,7 +267,9 @@ def legend(figure: Any, entries: Iterable[tuple[str, str, str, str]]) -> None:
     for text, color, style, marker in entries:
         look = _MARKERS.get(marker, {"marker": marker})
         lines.append(Line2D([], [], color=color, linestyle=style, label=text, **look))
-    figure.legend(handles=lines, loc="outside upper left", ncols=3, fontsize=8, handlelength=1.6, columnspacing=1.2)
+    figure.legend(
+        handles=lines, loc="outside upper left", ncols=columns, fontsize=8, handlelength=1.6, columnspacing=1.2
+    )
 
 
 def draw_chart(caption: str, paint: Callable[[Any], None], inches: tuple[float, float] = (4.2, 2.9)) -> Chart:

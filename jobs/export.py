@@ -3,7 +3,8 @@
     helio export cifar10 data.source=cifar10_train
     helio export --resume RUN
 
-The winner from scratch is retrained and tested in the same way, so that the two figures can be compared.
+The winner from scratch is retrained and tested in the same way, so that the two can be compared. The bundle's manifest
+holds the verdict: that of `helio evaluate` where the run has one, otherwise that of this comparison.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ from typing import Any
 
 from cluster.errors import CheckpointError
 from cluster.run import Run, new_directory
-from jobs.bundle import Bundle
+from jobs.bundle import Bundle, complete_manifest
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
+from jobs.evaluation.verdict import evaluation_of, lacks_gain, no_verdict, own_verdict, sentence
 from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
 from jobs.registry import ModelVersion, Registry
@@ -56,14 +58,15 @@ def run_stage(run: Run) -> dict[str, Any]:
     champion = None if present is None else _measure_champion(run, present, dataset, evaluate, limits)
     tested = {name: ray.get(reference) for name, reference in waiting.items()}
     accuracy = tested["tune"]["accuracy"]
-    bundle = Bundle.open(directory)
+    evaluation, comparison = evaluation_of(run, searches["tune"]["initial"]), _compare(run, tested)
+    entries = {"evaluation": comparison if evaluation is None else evaluation["verdict"] | _details(evaluation)}
+    bundle = complete_manifest(directory, entries)
     version = registry.register(run.recipe.name, bundle, _tags(bundle))
-    promoted = config.promote == "if_better" and (
-        champion is None or (champion["accuracy"] is not None and accuracy > champion["accuracy"])
-    )
+    kept_back = _kept_back(config, accuracy, champion, lacks_gain(evaluation and evaluation["verdict"], comparison))
+    promoted = kept_back is None
     if promoted:
         registry.set_alias(version.model, "champion", version.version)
-    _say(run, tested, version.version, champion, promoted, config)
+    _say(run, tested, entries["evaluation"], version.version, champion, kept_back)
     with Tracker(run) as tracker:
         tracker.metrics("test", {name: result["accuracy"] for name, result in tested.items()}, 0)
         tracker.tags({"helio.bundle_digest": bundle.digest, "helio.model_version": version.version})
@@ -73,7 +76,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         "model": version.model,
         "version": version.version,
         "promoted": promoted,
+        "kept_back": kept_back,
         "champion_before": champion,
+        "evaluation": entries["evaluation"],
+        "comparison": comparison,
         "classes": dataset.classes,
         "training_images": len(training.labels),
         "test_images": dataset.count("test"),
@@ -116,11 +122,42 @@ def _retrain(
     predicted = classifier.probabilities(test.images).argmax(axis=1)
     confusion = np.zeros((start.classes, start.classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)
-    accuracy = float((predicted == test.labels).mean())
+    right = predicted == test.labels
+    accuracy = float(right.mean())
     if bundle is not None:
         manifest = {**lineage, "metrics": {"test_accuracy": accuracy, "test_images": len(test.labels)}}
         write_bundle(bundle, classifier.backbone, classifier.head, start.image_size, manifest)
-    return {"accuracy": accuracy, "confusion": confusion.tolist()}
+    return {"accuracy": accuracy, "confusion": confusion.tolist(), "right": right}
+
+
+def _compare(run: Run, tested: dict[str, Any]) -> dict[str, Any]:
+    """The verdict on the two winners that were just tested."""
+    if "baseline" not in tested:
+        return no_verdict("no search from scratch was made (tune.baseline is false)")
+    fraction = run.recipe.section(FinetuneConfig).labels_fraction
+    return own_verdict(tested["tune"]["right"], tested["baseline"]["right"], fraction)
+
+
+def _details(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest holds of an evaluation beside its verdict."""
+    return {name: evaluation[name] for name in ("fractions", "notes")}
+
+
+def _kept_back(
+    config: ExportConfig, accuracy: float, champion: dict[str, Any] | None, no_gain: str | None
+) -> str | None:
+    """Why the candidate does not become champion; None where it does."""
+    if config.promote == "never":
+        return "export.promote is never"
+    if config.require_gain and no_gain is not None:
+        return f"pre-training has not beaten scratch: {no_gain}; export.require_gain=false promotes it all the same"
+    if champion is None:
+        return None
+    if champion["accuracy"] is None:
+        return f"it cannot be compared with version {champion['version']}: {champion['reason']}"
+    if accuracy <= champion["accuracy"]:
+        return f"version {champion['version']} has {champion['accuracy']:.1%} on this test split"
+    return None
 
 
 def _measure_champion(
@@ -182,7 +219,7 @@ def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, An
 def _tags(bundle: Bundle) -> dict[str, str]:
     lineage = bundle.manifest["lineage"]
     names = ("run", "recipe_digest", "code_digest", "dataset_fingerprint", "checkpoint", "trial")
-    return {name: str(lineage[name]) for name in names}
+    return {**{name: str(lineage[name]) for name in names}, "evaluation": bundle.manifest["evaluation"]["verdict"]}
 
 
 def code_digest() -> str:
@@ -198,25 +235,20 @@ def code_digest() -> str:
 def _say(
     run: Run,
     tested: dict[str, Any],
+    verdict: dict[str, Any],
     version: str,
     champion: dict[str, Any] | None,
-    promoted: bool,
-    config: ExportConfig,
+    kept_back: str | None,
 ) -> None:
     scratch = f", from scratch {tested['baseline']['accuracy']:.1%}" if "baseline" in tested else ""
     run.progress.say(f"  test accuracy {tested['tune']['accuracy']:.1%}{scratch}")
+    run.progress.say(f"  {sentence(verdict)}")
     if champion is not None and champion["accuracy"] is not None and not champion["same_data"]:
         run.progress.say(
             f"  version {champion['version']} was trained on another data set, which may hold some of these test images"
         )
-    if promoted:
+    if kept_back is None:
         why = "the first of its name" if champion is None else f"beats version {champion['version']}"
         run.progress.say(f"  registered as {run.recipe.name} version {version}: champion, {why}")
-        return
-    if config.promote == "never" or champion is None:
-        why = "export.promote is never"
-    elif champion["accuracy"] is None:
-        why = f"it cannot be compared with version {champion['version']}: {champion['reason']}"
     else:
-        why = f"version {champion['version']} has {champion['accuracy']:.1%} on this test split"
-    run.progress.say(f"  registered as {run.recipe.name} version {version}: candidate, not champion: {why}")
+        run.progress.say(f"  registered as {run.recipe.name} version {version}: candidate, not champion: {kept_back}")

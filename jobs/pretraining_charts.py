@@ -3,7 +3,18 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobs.charts import BLUE, GREEN, GREY, STEP_LABEL, VERMILION, Chart, axes_of, draw_chart, legend, whole_numbers
+from jobs.charts import (
+    BLUE,
+    GREEN,
+    GREY,
+    STEP_LABEL,
+    VERMILION,
+    Chart,
+    chart_axes,
+    chart_legend,
+    draw_chart,
+    whole_numbers,
+)
 
 MAP_COLORS = 20
 """Classes that are told apart by colour on the map; the others are grey."""
@@ -26,10 +37,10 @@ def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
             axes.axvline(step, color=GREY, linestyle=":", linewidth=1)
 
     def single(name: str, label: str, factor: float = 1.0) -> Callable[[Any], None]:
-        return lambda figure: curve(axes_of(figure, STEP_LABEL), name, label, BLUE, factor)
+        return lambda figure: curve(chart_axes(figure, STEP_LABEL), name, label, BLUE, factor)
 
     def learning_rate(figure: Any) -> None:
-        axes = axes_of(figure, STEP_LABEL)
+        axes = chart_axes(figure, STEP_LABEL)
         curve(axes, "learning_rate", "learning rate", BLUE)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
         axes.set_ylim(bottom=0)
@@ -51,20 +62,20 @@ def pretraining_charts(result: Mapping[str, Any]) -> list[Chart]:
         return paint
 
     def knn(figure: Any) -> None:
-        axes = axes_of(figure, STEP_LABEL)
+        axes = chart_axes(figure, STEP_LABEL)
         curve(axes, "knn_accuracy", "kNN accuracy (%)", BLUE, 100)
         axes.axhline(100 * untrained["knn_accuracy"], color=VERMILION, linestyle="--")
-        legend(figure, [("pre-trained backbone", BLUE, "-", "o"), ("random backbone", VERMILION, "--", "")])
+        chart_legend(figure, [("pre-trained backbone", BLUE, "-", "o"), ("random backbone", VERMILION, "--", "")])
 
     def step_time(figure: Any) -> None:
-        axes = axes_of(figure, STEP_LABEL)
+        axes = chart_axes(figure, STEP_LABEL)
         parts = {"compute_s": BLUE, "all_reduce_s": VERMILION, "input_s": GREEN}
         values = [[1000 * record[name] for record in history] for name in parts]
         axes.stackplot(steps, values, colors=list(parts.values()), alpha=0.75)
         axes.set_ylabel("time of a step (ms)")
         names = ("computing", "adding up gradients", "waiting for images")
         entries = zip(names, parts.values(), strict=True)
-        legend(figure, [(name, color, "-", "") for name, color in entries])
+        chart_legend(figure, [(name, color, "-", "") for name, color in entries])
 
     dotted = "; dotted: where it went on after an interruption" if resumed else ""
     drawn = [draw_chart(f"Loss, mean of each epoch{dotted}", single("loss", "training loss"))]

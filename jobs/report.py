@@ -15,6 +15,8 @@ import yaml
 from cluster import catalog
 from cluster.run import Run, write_atomic
 from jobs import charts
+from jobs.evaluation.page import evaluation_chart, evaluation_lines, evaluation_sheet
+from jobs.evaluation.verdict import read_evaluation
 from jobs.pretraining_charts import feature_map, pretraining_charts
 from jobs.results import alias, points, searches
 
@@ -66,6 +68,7 @@ def write_report(run: Run) -> Path:
     sections = {
         "Results": _headlines(run),
         "Pre-training": _pretraining(run),
+        "Evaluation": _evaluation(run),
         "Search": _search(run),
         "Test": _test(run),
         "Held-out answers": _answers(run),
@@ -131,6 +134,14 @@ def _pretraining(run: Run) -> str:
     line += f", went on from the checkpoints of steps {went_on}" if went_on else ""
     drawn = figures(pretraining_charts(result)) + figures(feature_map(result))
     return f"<p>{escape(line)}</p>{drawn}"
+
+
+def _evaluation(run: Run) -> str:
+    document = read_evaluation(run)
+    if document is None:
+        return ""
+    lines = "".join(f"<p>{escape(line)}</p>" for line in evaluation_lines(document))
+    return lines + figures([evaluation_chart(document)]) + sheet_table(evaluation_sheet(document))
 
 
 def _search(run: Run) -> str:

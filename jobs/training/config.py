@@ -175,3 +175,7 @@ class ExportConfig(Section):
     the whole validation split, which may hold more labels than the subset."""
     promote: Literal["if_better", "never"] = "if_better"
     """`if_better`: the candidate becomes champion where it beats the present one on the test split."""
+    require_gain: bool = True
+    """A model that has not beaten scratch stays a candidate. `helio evaluate` decides where it has shown a difference,
+    otherwise the two winners' accuracy on the test split (`tune.baseline`); where nothing was compared, nothing is held
+    against the model."""

@@ -21,6 +21,7 @@ from jobs.training.optimizer import build_optimizer, build_schedule
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
 EVALUATION_BATCH = 256
 
@@ -61,14 +62,21 @@ class Classifier:
         """Float32 [n, classes]."""
         import tensorflow as tf
 
-        predict = tf.function(lambda x: tf.nn.softmax(self.head(self.backbone(x, training=False), training=False)))
-        parts = []
-        for start in range(0, len(images), EVALUATION_BATCH):
-            batch = images[start : start + EVALUATION_BATCH]
-            # One shape, one compilation: the last batch is filled up.
-            padded = np.pad(batch, [(0, EVALUATION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
-            parts.append(predict(tf.constant(padded)).numpy()[: len(batch)])
-        return np.concatenate(parts)
+        return apply(lambda x: tf.nn.softmax(self.head(self.backbone(x, training=False), training=False)), images)
+
+
+def apply(function: "Callable[[tf.Tensor], tf.Tensor]", images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What `function` makes of each image, [n, …], compiled and in batches."""
+    import tensorflow as tf
+
+    compiled = tf.function(function)
+    parts = []
+    for start in range(0, len(images), EVALUATION_BATCH):
+        batch = images[start : start + EVALUATION_BATCH]
+        # One shape, one compilation: the last batch is filled up.
+        padded = np.pad(batch, [(0, EVALUATION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+        parts.append(compiled(tf.constant(padded)).numpy()[: len(batch)])
+    return np.concatenate(parts)
 
 
 def finetune(
@@ -77,11 +85,13 @@ def finetune(
     config: FinetuneConfig,
     on_epoch: Callable[[int, float, Classifier], None] | None = None,
     epochs: int | None = None,
+    steps: int | None = None,
 ) -> Classifier:
     """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch.
 
     The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best after
-    some epochs is retrained with the very rates it was found with.
+    some epochs is retrained with the very rates it was found with. With `steps` it is laid out for so many optimizer
+    steps, whatever `config.epochs` says, and the last epoch ends with them.
     """
     import keras
     import tensorflow as tf
@@ -102,8 +112,12 @@ def finetune(
     )
     classifier = Classifier(backbone, head)
     batch = min(config.global_batch_size, len(data.labels))
-    steps = len(data.labels) // batch
-    schedule = build_schedule("cosine", config.learning_rate, steps * config.epochs, warmup_steps=steps)
+    epoch_steps = len(data.labels) // batch
+    total = steps or epoch_steps * config.epochs
+    # Warm-up takes an epoch, but never most of a training that has few.
+    warmup = epoch_steps if steps is None else min(epoch_steps, steps // 10)
+    schedule = build_schedule("cosine", config.learning_rate, total, warmup)
+    last = total if epochs is None else min(total, epochs * epoch_steps)
     variables = [*backbone.trainable_variables, *head.trainable_variables]
     optimizer = build_optimizer("adamw", schedule, config.weight_decay)
     optimizer.build(variables)
@@ -120,14 +134,14 @@ def finetune(
 
     step = make_step(tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables)
     augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
-    for epoch in range(min(epochs or config.epochs, config.epochs)):
+    for epoch, done in enumerate(range(0, last, epoch_steps)):
         order = np.random.default_rng([start.seed, epoch]).permutation(len(data.labels))
-        total = 0.0
-        for first in range(0, steps * batch, batch):
+        count, summed = min(epoch_steps, last - done), 0.0
+        for first in range(0, count * batch, batch):
             rows = order[first : first + batch]
-            total += float(step(*_batch(data, rows, start, augment, epoch))[0])
+            summed += float(step(*_batch(data, rows, start, augment, epoch))[0])
         if on_epoch is not None:
-            on_epoch(epoch + 1, total / steps, classifier)
+            on_epoch(epoch + 1, summed / count, classifier)
     return classifier
 
 

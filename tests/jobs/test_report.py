@@ -18,6 +18,9 @@ from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
 from cluster.run import Run, create_run, write_json
+from jobs.evaluation.cells import METHODS
+from jobs.evaluation.page import evaluation_page
+from jobs.evaluation.verdict import compare, overall
 from jobs.report import write_report
 from jobs.results import results_page
 
@@ -239,6 +242,43 @@ def test_a_stage_that_has_not_run_leaves_no_section(make_finished: MakeFinished,
     page = Page(write_report(run))
     assert set(page.headings) == SECTIONS[until]
     assert max(len(line) for line in printed(run).splitlines()) <= 100
+
+
+def evaluation() -> dict[str, Any]:
+    """An evaluation with two shares of labels, each better by twenty points."""
+    generator = np.random.default_rng(0)
+    fractions = []
+    for fraction in (0.01, 1.0):
+        entry: dict[str, Any] = {"fraction": fraction, "images": round(700 * fraction), "steps": 40}
+        for method in METHODS:
+            right = {
+                arm: list(generator.random((3, 500)) < share) for arm, share in (("pretrained", 0.8), ("scratch", 0.6))
+            }
+            entry[method] = compare(right)
+        for arm in right:
+            entry["finetune"][arm]["learning_rate"] = 1e-3
+        fractions.append(entry)
+    return {"fractions": fractions, "verdict": overall(fractions, 0.02), "seeds": [0, 1, 2], "notes": ["<b>a note</b>"]}
+
+
+def test_an_evaluation_has_its_verdict_table_and_plot(make_finished: MakeFinished) -> None:
+    run = make_finished("pretrain")
+    document = evaluation()
+    write_json(run.directory / "evaluation.json", document)
+    page = Page(write_report(run))
+    assert set(page.headings) == SECTIONS["pretrain"] | {"Evaluation"}
+    assert page.has("With 1 % of the labels the pre-trained start is better than scratch: +")
+    assert page.has("<b>a note</b>")
+    assert page.has("labelled share of the training images (%)")
+    # One row for each share and measure; the verdict's own is marked.
+    rows = re.findall(r"<tr( class=mark)?><td[^>]*>(.*?)</td>", page.source[page.source.index("Evaluation</h2>") :])
+    assert [mark != "" for mark, _ in rows[:6]] == [True, False, False, False, False, False]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(evaluation_page(document))
+    assert isinstance(console.file, io.StringIO)
+    table = [line for line in console.file.getvalue().splitlines() if re.search("fine-tuning|linear probe|kNN", line)]
+    assert len(table) == 6
+    assert all(line.rstrip().endswith("better") for line in table)
 
 
 def test_every_chart_names_its_axes(page: Page) -> None:
