@@ -23,6 +23,7 @@ from jobs.data.dataset import Dataset
 from jobs.data.order import training_order
 from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
+from jobs.training.capacity import train_with_what_is_there
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.keeper import CheckpointStore
@@ -41,7 +42,6 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
 def run_stage(run: Run) -> dict[str, Any]:
     """Pre-train the recipe's backbone on the training split of the run's data set."""
     config = run.recipe.section(PretrainConfig)
-    resources = run.profile.train
     dataset = Dataset.open(run.require("ingest")["dataset"])
     if config.global_batch_size > dataset.count("train"):
         raise HelioError(
@@ -61,18 +61,18 @@ def run_stage(run: Run) -> dict[str, Any]:
         )
     store = CheckpointStore(_checkpoints(run), _training(run, dataset), run.progress.say)
     with Tracker(run) as tracker:
-        checkpoint = _train(run, config, dataset, tracker, store)
+        checkpoint, workers = _train(run, config, dataset, tracker, store)
     state, best = checkpoint.state, store.best(config.keep_best)
     last = state.history[-1]
     probe = "no labels to probe it by"
     if state.knn_random is not None:
         probe = f"kNN {last['knn_accuracy']:.1%}, random backbone {state.knn_random:.1%}"
-    run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
+    run.progress.say(f"  {state.step:,} steps on {workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
         "best_checkpoint": str((best or checkpoint).directory),
         "method": config.method,
-        "workers": resources.workers,
+        "workers": workers,
         "steps": state.step,
         "weights_sha256": state.weights_sha256,
         "knn_pretrained": last.get("knn_accuracy"),
@@ -84,8 +84,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     }
 
 
-def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, store: CheckpointStore) -> Checkpoint:
-    """Train to the last step. The last checkpoint."""
+def _train(
+    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, store: CheckpointStore
+) -> tuple[Checkpoint, int]:
+    """Train to the last step. (The last checkpoint, workers that trained at the end.)"""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -112,23 +114,28 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker,
             task.update(step * config.global_batch_size, **shown)
 
         with listening(handle) as events:
-            trainer = DataParallelTrainer(
-                _worker_function,
-                train_loop_config={"assignment": _assignment(run, dataset, events)},
-                backend_config=TensorflowBackendConfig(),
-                scaling_config=ScalingConfig(
-                    num_workers=resources.workers,
-                    use_gpu=resources.gpus_per_worker > 0,
-                    resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
-                ),
-                run_config=RunConfig(
-                    name="pretrain",
-                    storage_path=str(run.directory),
-                    failure_config=FailureConfig(max_failures=config.max_failures),
-                ),
-            )
-            try:
+
+            def fit(workers: int) -> None:
+                trainer = DataParallelTrainer(
+                    _worker_function,
+                    train_loop_config={"assignment": _assignment(run, dataset, events)},
+                    backend_config=TensorflowBackendConfig(),
+                    scaling_config=ScalingConfig(
+                        num_workers=workers,
+                        use_gpu=resources.gpus_per_worker > 0,
+                        resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
+                    ),
+                    run_config=RunConfig(
+                        name="pretrain",
+                        storage_path=str(run.directory),
+                        # Workers that cannot be placed are `train_with_what_is_there`'s to deal with.
+                        failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
+                    ),
+                )
                 interruptible(trainer.fit)
+
+            try:
+                workers = train_with_what_is_there(run, config, fit)
             except TrainingFailedError as error:
                 raise HelioError(
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "
@@ -151,7 +158,7 @@ def _train(run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker,
     if last is None or last.state.step != steps:
         found = "there is no checkpoint" if last is None else f"the last checkpoint is of step {last.state.step}"
         raise RuntimeError(f"pre-training ended before its {steps} steps: {found}")
-    return last
+    return last, workers
 
 
 def _worker_function(settings: dict[str, Any]) -> None:
