@@ -108,6 +108,8 @@ def _train(
                 run.progress.say(f"  image {event['text']}")
             elif kind == "notice":
                 run.progress.say(event["text"])
+            elif kind == "resumed":
+                run.progress.say(f"  going on from the checkpoint of step {step:,}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}

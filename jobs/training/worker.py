@@ -87,6 +87,8 @@ class _Worker:
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
+        # An exchange wants a tensor that lies on a device; what a function is given lies on none.
+        self._everyone = tf.function(lambda own: self.strategy.run(lambda v: gather(tf.identity(v)), args=(own,)))
         self.schedule = build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
@@ -306,8 +308,7 @@ class _Worker:
 
     def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
         """The workers' values, int32 [world, n]."""
-        local = tf.constant([values], tf.int32)
-        everyone = tf.function(lambda: self.strategy.run(gather, args=(local,)))()
+        everyone = self._everyone(tf.constant([values], tf.int32))
         return np.asarray(self.strategy.experimental_local_results(everyone)[0])
 
     def _tell(self, event: dict[str, Any], wait: bool = False) -> None:
