@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Event = dict[str, Any]
 
@@ -32,7 +33,9 @@ def listening(handle: Callable[[Event], None], interval_s: float = 0.5) -> Itera
 
     A `handle` that raises ends the listening; its exception is raised at the end of the block.
     """
-    queue: Any = EventQueue.remote()  # type: ignore[attr-defined]
+    # Beside the driver, so that it is lost with no other node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue: Any = EventQueue.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     stop = threading.Event()
     failure: list[BaseException] = []
 

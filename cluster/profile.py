@@ -28,6 +28,10 @@ class TrainResources(Section):
     """The workers of pre-training."""
 
     workers: int = Field(default=2, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
+    """As few may go on, at the same global batch, when nodes are gone for good; none: only all `workers`."""
+    wait_for_workers_s: float = Field(default=600.0, gt=0)
+    """Seconds that workers are waited for, at the start or after a loss, before there are fewer or the run ends."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
     """Ray CPUs. On one machine a share is left to the tasks that decode and augment."""
     gpus_per_worker: Literal[0, 1] = 0
@@ -37,6 +41,17 @@ class TrainResources(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What layers compute in; weights and losses stay float32, and float16 gets loss scaling. auto: bfloat16 on GPUs,
     float32 elsewhere."""
+
+    @property
+    def least(self) -> int:
+        """The fewest workers that may train."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _least_is_less(self) -> "TrainResources":
+        if self.least > self.workers:
+            raise ValueError(f"min_workers must not exceed workers ({self.workers}), got {self.min_workers}")
+        return self
 
 
 class DataResources(Section):
@@ -127,13 +142,13 @@ class Profile(Section):
         }
 
     def needs(self) -> dict[str, tuple[float, float]]:
-        """(CPUs, GPUs) that each kind of stage asks of the cluster at its peak."""
+        """(CPUs, GPUs) that each kind of stage asks of the cluster at its peak, at the least."""
         train, trials, replica = self.train, self.trials, self.replicas
         return {
             "ingest": (self.data.cpus_per_ingest_task, 0.0),
             "pretrain": (
-                train.workers * (train.cpus_per_worker + self.data.tasks_per_worker * self.data.cpus_per_task),
-                float(train.workers * train.gpus_per_worker),
+                train.least * (train.cpus_per_worker + self.data.tasks_per_worker * self.data.cpus_per_task),
+                float(train.least * train.gpus_per_worker),
             ),
             "tune": (trials.concurrent * trials.cpus_per_trial, trials.concurrent * trials.gpus_per_trial),
             "deploy": (replica.cpus, replica.gpus),

@@ -29,6 +29,7 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_AUTH_MODE": profile.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.train.wait_for_workers_s:g}",
         # Ray Train would move its workers into a directory of its own, where relative paths mean something else.
         "RAY_CHDIR_TO_TRIAL_DIR": "0",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

@@ -24,6 +24,7 @@ from jobs.data.dataset import Dataset
 from jobs.data.order import training_order
 from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
+from jobs.training.capacity import train_with_what_is_there
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import check_initial
@@ -61,7 +62,6 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
 def run_stage(run: Run) -> dict[str, Any]:
     """Pre-train the recipe's backbone on the training split of the run's data set."""
     config = run.recipe.section(PretrainConfig)
-    resources = run.profile.train
     dataset = Dataset.open(run.require("ingest")["dataset"])
     if config.global_batch_size > dataset.count("train"):
         raise HelioError(
@@ -89,12 +89,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     if knn_random is not None:
         start = "random" if config.initial is None else "initial"
         probe = f"kNN {last['knn_accuracy']:.1%}, {start} backbone {knn_random:.1%}"
-    run.progress.say(f"  {state.step:,} steps on {resources.workers} workers: {probe}")
+    run.progress.say(f"  {state.step:,} steps on {outcome.workers} workers: {probe}")
     return {
         "checkpoint": str(checkpoint.directory),
         "best_checkpoint": str((best or checkpoint).directory),
         "method": config.method,
-        "workers": resources.workers,
+        "workers": outcome.workers,
         "steps": state.step,
         "weights_sha256": state.weights_sha256,
         "knn_pretrained": last.get("knn_accuracy"),
@@ -115,6 +115,8 @@ class _Outcome:
 
     stopped: Event | None = None
     """Why they did not train to the last step: `kind`, `step` and what belongs to it."""
+    workers: int = 0
+    """That trained at the end."""
     drawn: dict[str, Any] = field(default_factory=dict)
     """The map of the features."""
 
@@ -192,29 +194,36 @@ def _attempt(
                 outcome.drawn = event
             elif kind == "notice":
                 run.progress.say(event["text"])
+            elif kind == "resumed":
+                run.progress.say(f"  going on from the checkpoint of step {step:,}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
             shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
             task.update(step * config.global_batch_size, **shown)
 
         with listening(handle) as events:
-            trainer = DataParallelTrainer(
-                _worker_function,
-                train_loop_config={"assignment": _assignment(run, dataset, events, remedies)},
-                backend_config=TensorflowBackendConfig(),
-                scaling_config=ScalingConfig(
-                    num_workers=resources.workers,
-                    use_gpu=resources.gpus_per_worker > 0,
-                    resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
-                ),
-                run_config=RunConfig(
-                    name="pretrain",
-                    storage_path=str(run.directory),
-                    failure_config=FailureConfig(max_failures=config.max_failures),
-                ),
-            )
-            try:
+
+            def fit(workers: int) -> None:
+                trainer = DataParallelTrainer(
+                    _worker_function,
+                    train_loop_config={"assignment": _assignment(run, dataset, events, remedies)},
+                    backend_config=TensorflowBackendConfig(),
+                    scaling_config=ScalingConfig(
+                        num_workers=workers,
+                        use_gpu=resources.gpus_per_worker > 0,
+                        resources_per_worker=_worker_resources(resources.cpus_per_worker, resources.gpus_per_worker),
+                    ),
+                    run_config=RunConfig(
+                        name="pretrain",
+                        storage_path=str(run.directory),
+                        # Workers that cannot be placed are `train_with_what_is_there`'s to deal with.
+                        failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
+                    ),
+                )
                 interruptible(trainer.fit)
+
+            try:
+                outcome.workers = train_with_what_is_there(run, config, fit)
             except TrainingFailedError as error:
                 raise HelioError(
                     f"pre-training failed {config.max_failures + 1} times, see {run.directory / 'run.log'}: "

@@ -229,6 +229,7 @@ def _lineage(run: Run) -> str:
         ]
     if pretrain:
         entries += [("checkpoint", pretrain["checkpoint"]), ("its weights, SHA-256", pretrain["weights_sha256"])]
+        entries += [("best checkpoint on the way", pretrain["best_checkpoint"])]
     for name, search in searches(run).items():
         entries += [
             (f"study, {charts.SEARCH_NAMES[name]}", f"{search['study_name']} in {search['study']}"),

@@ -97,6 +97,8 @@ class _Worker:
             build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps),
             assignment.remedies,
         )
+        # An exchange wants a tensor that lies on a device; what a function is given lies on none.
+        self._everyone = tf.function(lambda own: self.strategy.run(lambda v: gather(tf.identity(v)), args=(own,)))
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
         self.store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
         if config.initial is not None and not self.store.steps():
@@ -114,7 +116,6 @@ class _Worker:
             micro_batches=config.micro_batches,
             after=self._after_step,
         )
-        self._exchange = tf.function(lambda own: self.strategy.run(gather, args=(own,)), reduce_retracing=True)
         self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
         self.step = 0
         self.untrained: dict[str, float] = {}
@@ -347,7 +348,7 @@ class _Worker:
 
     def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
         """The workers' values, int32 [world, n]."""
-        everyone = self._exchange(tf.constant([values], tf.int32))
+        everyone = self._everyone(tf.constant([values], tf.int32))
         return np.asarray(self.strategy.experimental_local_results(everyone)[0])
 
     def _tell(self, event: dict[str, Any], wait: bool = False) -> None:

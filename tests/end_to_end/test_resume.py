@@ -22,10 +22,9 @@ PRETRAIN = (
 
 
 def _newest_checkpoint(run: Path) -> int | None:
-    """Step of the newest checkpoint that Ray Train has recorded."""
-    snapshot = run / "pretrain" / "checkpoint_manager_snapshot.json"
-    names = [path.name for path in (run / "pretrain").glob("step-*")]
-    return max(int(name.removeprefix("step-")) for name in names) if names and snapshot.exists() else None
+    """Step of the newest checkpoint of the run."""
+    names = [path.name for path in (run / "pretrain" / "checkpoints").glob("step-*")]
+    return max((int(name.removeprefix("step-")) for name in names), default=None)
 
 
 def _wait_for_checkpoint(driver: subprocess.Popen[bytes], directory: Path) -> tuple[Path, int]:

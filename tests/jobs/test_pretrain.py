@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.errors import CapacityError, HelioError
+from cluster.errors import CapacityError, CheckpointError, HelioError
 from cluster.profile import load_profile
+from cluster.run import Run
 from cluster.session import check_capacity_here, interruptible
 from jobs.ssl.methods import METHODS
 from jobs.training.checkpoint import Arrays, Checkpoint
@@ -213,32 +214,57 @@ def _own_processes(name: str) -> list[int]:
     return [pid for pid in named if is_own(pid)]
 
 
+def _published(run: Run) -> list[int]:
+    """Steps of the run's checkpoints."""
+    names = [path.name for path in (run.directory / "pretrain" / "checkpoints").glob("step-*")]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
 def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoint(make_run: MakeRun) -> None:
-    more = ("model.norm=batch", "pretrain.max_steps=80", "pretrain.epochs=8", "pretrain.checkpoint_every_epochs=1")
+    # An epoch has some twenty steps: most checkpoints are taken in the middle of one.
+    interval = 8
+    more = ("model.norm=batch", "pretrain.max_steps=80", "pretrain.epochs=8", "pretrain.checkpoint_every_epochs=8")
+    more += (f"pretrain.checkpoint_every_steps={interval}",)
     run, undisturbed = (make_run(*TEN_SGD_STEPS, *more) for _ in range(2))
     carry_out(run, "ingest")
     carry_out(undisturbed, "ingest", "pretrain")
-    killed: list[int] = []
+    killed_after: list[int] = []
+    damaged: list[Path] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 120
-        # Ray Train knows of a checkpoint once its snapshot names it: one that was in flight is lost.
-        snapshot = run.directory / "pretrain" / "checkpoint_manager_snapshot.json"
-        while not (snapshot.exists() and "step-" in snapshot.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        killed.append(min(_own_processes("ray::RayTrainWo")))
-        os.kill(killed[0], signal.SIGKILL)
+        while len(_published(run)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(min(_own_processes("ray::RayTrainWo")), signal.SIGKILL)
+        killed_after.append(_published(run)[-1])
+        # And what it has written last does not survive either.
+        damaged.append(run.directory / "pretrain" / "checkpoints" / f"step-{killed_after[0]:08}" / "head.npz")
+        os.truncate(damaged[0], damaged[0].stat().st_size // 2)
 
     killer = threading.Thread(target=kill)
     killer.start()
     carry_out(run, "pretrain")
     killer.join()
-    result = run.require("pretrain")
-    assert killed
-    assert len(result["resumed_from_steps"]) == 1
-    expected = undisturbed.require("pretrain")
-    assert [epoch["step"] for epoch in result["history"]] == [epoch["step"] for epoch in expected["history"]]
+    result, expected = run.require("pretrain"), undisturbed.require("pretrain")
+    # The newest is one interval further, the one before it is whole.
+    assert result["resumed_from_steps"] == [killed_after[0] - interval]
+    said = run.progress.console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("skipped: checkpoint") == 1
+    assert f"skipped: checkpoint {damaged[0].parent}: head.npz holds" in said
+    for name in ("step", "loss", "gradient_norm", "knn_accuracy"):
+        assert [epoch[name] for epoch in result["history"]] == [epoch[name] for epoch in expected["history"]], name
     assert result["weights_sha256"] == expected["weights_sha256"]
+    last, best = (Checkpoint.open(result[name]) for name in ("checkpoint", "best_checkpoint"))
+    assert last.state.step == result["steps"] == 80
+    assert best.state.step in [epoch["step"] for epoch in result["history"]]
+
+
+def test_no_checkpoint_that_is_whole_is_said_in_one_line(make_run: MakeRun) -> None:
+    run = make_run(*TEN_SGD_STEPS)
+    carry_out(run, "ingest")
+    (run.directory / "pretrain" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .*remove the directory .* starts over"):
+        carry_out(run, "pretrain")
 
 
 def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:

@@ -119,6 +119,7 @@ def results(storage: Path) -> dict[str, dict[str, Any]]:
         },
         "pretrain": {
             "checkpoint": "step-00000030",
+            "best_checkpoint": "step-00000020",
             "method": "simclr",
             "workers": 2,
             "steps": 30,
