@@ -46,6 +46,16 @@ def freeze(backbone: "keras.Model", unfrozen_stages: int) -> None:
     """Leave only the last `unfrozen_stages` stages trainable; 0 freezes all, -1 frees all and the stem."""
     total = stage_count(backbone)
     for layer in backbone.layers:
-        name = layer.name.split("_")[0]
-        number = int(name.removeprefix("stage")) if name.startswith("stage") else 0
-        layer.trainable = unfrozen_stages < 0 or number > total - unfrozen_stages
+        layer.trainable = unfrozen_stages < 0 or _stage(layer) > total - unfrozen_stages
+
+
+def depths(backbone: "keras.Model") -> "list[tuple[keras.Variable, int]]":
+    """The trainable variables, each with how deep it lies below a head: 1 in the last stage, most in the stem."""
+    total = stage_count(backbone)
+    return [(v, 1 + total - _stage(layer)) for layer in backbone.layers for v in layer.trainable_variables]
+
+
+def _stage(layer: "keras.Layer") -> int:
+    """The stage that a layer belongs to, from 1; 0 for the stem."""
+    name = layer.name.split("_")[0]
+    return int(name.removeprefix("stage")) if name.startswith("stage") else 0

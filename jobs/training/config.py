@@ -54,6 +54,9 @@ class PretrainConfig(Section):
     weight_decay: float = Field(default=1e-4, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
     """The most that the gradient of the global batch may measure, over all weights; longer ones are shortened."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Hands on the moving average of the backbone's weights in place of the last ones: the share of itself that it
+    keeps in a step."""
     schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     """Of the linear rise to the peak; one_cycle has its own."""
@@ -160,6 +163,9 @@ class FinetuneConfig(Section):
     learning_rate: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     augment_strength: float = Field(default=1.0, ge=0, le=2)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Each stage learns with this share of the rate of the next one, the last of the head's (Bao et al. 2022 take 0.65
+    a block)."""
     unfrozen_stages: int = Field(default=-1, ge=-1)
     """How many of the last stages are trained: 0 only the head, -1 all and the stem."""
     head_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from jobs.data.augment import augment_batch, draw
 from jobs.data.config import AugmentConfig
 from jobs.data.mix import mix, mix_share, partner
-from jobs.model.backbone import build_backbone, freeze
+from jobs.model.backbone import build_backbone, depths, freeze
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, assign
 from jobs.training.config import FinetuneConfig
@@ -119,7 +119,9 @@ def finetune(
     schedule = build_schedule("cosine", config.learning_rate, total, warmup)
     last = total if epochs is None else min(total, epochs * epoch_steps)
     variables = [*backbone.trainable_variables, *head.trainable_variables]
-    optimizer = build_optimizer("adamw", schedule, config.weight_decay)
+    shares = [(variable, config.layer_decay**depth) for variable, depth in depths(backbone)]
+    shares += [(variable, 1.0) for variable in head.trainable_variables]
+    optimizer = build_optimizer("adamw", schedule, config.weight_decay, shares=shares if config.layer_decay < 1 else ())
     optimizer.build(variables)
     smoothing, classes = config.label_smoothing, start.classes
     # A frozen backbone keeps its statistics too; one in training mode would still move them.

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules of Keras, built from a recipe."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,24 +59,29 @@ def build_optimizer(
     learning_rate: "float | keras.optimizers.schedules.LearningRateSchedule",
     weight_decay: float,
     momentum: float = 0.9,
+    shares: "Sequence[tuple[keras.Variable, float]]" = (),
 ) -> "keras.optimizers.Optimizer":
     """`sgd` (Nesterov where there is momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
 
-    Decay is decoupled, but for `lars`, whose trust ratio takes it in. Where layers compute in float16 it is a
-    `LossScaleOptimizer`, which takes gradients of a loss that it has scaled.
+    Decay is decoupled, but for `lars`, whose trust ratio takes it in. With `shares` each variable takes its own share
+    of the learning rate. Where layers compute in float16 it is a `LossScaleOptimizer`, which takes gradients of a loss
+    that it has scaled.
     """
     import keras
 
     from jobs.training.lars import Lars
+    from jobs.training.layerwise import layerwise
 
+    classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
+    chosen = Lars if kind == "lars" else classes[kind]
+    settings: dict[str, Any] = {} if kind == "lars" else {"weight_decay": weight_decay or None}
+    if kind == "sgd":
+        settings |= {"momentum": momentum, "nesterov": momentum > 0}
     if kind == "lars":
-        optimizer: keras.optimizers.Optimizer = Lars(learning_rate, momentum=momentum, decay=weight_decay)
-    else:
-        settings: dict[str, Any] = {"momentum": momentum, "nesterov": momentum > 0} if kind == "sgd" else {}
-        classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
-        optimizer = classes[kind](learning_rate, weight_decay=weight_decay or None, **settings)
-        if weight_decay:
-            optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
+        settings |= {"momentum": momentum, "decay": weight_decay}
+    optimizer: keras.optimizers.Optimizer = (layerwise(chosen, shares) if shares else chosen)(learning_rate, **settings)
+    if settings.get("weight_decay"):
+        optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
     if keras.config.dtype_policy().compute_dtype == "float16":
         return keras.optimizers.LossScaleOptimizer(optimizer)
     return optimizer

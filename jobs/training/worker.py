@@ -22,6 +22,7 @@ from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
+from jobs.training.average import AveragedBackbone
 from jobs.training.checkpoint import Begun, State, assign, host_copies, weights_hash
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import load_initial
@@ -116,7 +117,11 @@ class _Worker:
             micro_batches=config.micro_batches,
             after=self._after_step,
         )
-        self.average_statistics = make_average(self.strategy, _moving_statistics(self.backbone))
+        self.average = None if config.ema_decay is None else AveragedBackbone(self.backbone, config.ema_decay)
+        self.exported = self.backbone if self.average is None else self.average.model
+        """What the probe looks at, and what is handed on."""
+        statistics = {id(v): v for model in (self.backbone, self.exported) for v in _moving_statistics(model)}
+        self.average_statistics = make_average(self.strategy, list(statistics.values()))
         self.step = 0
         self.untrained: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -128,7 +133,7 @@ class _Worker:
         self._restore()
         self.probe = Probe(
             self.strategy,
-            Networks(self.backbone, self.method.project),
+            Networks(self.exported, self.method.project),
             self.dataset,
             self.views,
             config,
@@ -206,7 +211,10 @@ class _Worker:
         return self.method.loss(outputs, targets, gather, replica_rank())
 
     def _after_step(self) -> None:
-        self.method.after_step(tf.cast(self.optimizer.iterations, tf.float32) / self.total_steps)
+        step = tf.cast(self.optimizer.iterations, tf.float32)
+        self.method.after_step(step / self.total_steps)
+        if self.average is not None:
+            self.average.follow(step)
 
     def _collapsed(self, probed: dict[str, float]) -> bool:
         """Whether worker 0 sees a collapse, which it tells the driver; every worker asks at the same step."""
@@ -276,7 +284,8 @@ class _Worker:
     def _parts(self) -> dict[str, Sequence[Any]]:
         """The variables that a checkpoint holds, by part."""
         return {
-            "backbone": self.backbone.weights,
+            "backbone": self.exported.weights,
+            "trained": [] if self.average is None else self.backbone.weights,
             "head": self.method.head.weights,
             "method": self.method.state,
             "optimizer": self.optimizer.variables,
@@ -318,7 +327,7 @@ class _Worker:
         # Only then are there never more than one copy in memory and one checkpoint to be lost.
         self.keeper.wait()
         parts = {name: host_copies(variables) for name, variables in self._parts().items()}
-        digest = weights_hash([*parts["backbone"], *parts["head"], *parts["method"]])
+        digest = weights_hash([array for name, arrays in parts.items() if name != "optimizer" for array in arrays])
         words = [int(digest[i : i + 7], 16) for i in range(0, 56, 7)]
         told = self._gather_ints([*words, int(self.keeper.given_up)])
         if len(np.unique(told[:, :-1], axis=0)) != 1:

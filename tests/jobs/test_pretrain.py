@@ -223,7 +223,13 @@ def _published(run: Run) -> list[int]:
 def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoint(make_run: MakeRun) -> None:
     # An epoch has some twenty steps: most checkpoints are taken in the middle of one.
     interval = 8
-    more = ("model.norm=batch", "pretrain.max_steps=80", "pretrain.epochs=8", "pretrain.checkpoint_every_epochs=8")
+    more = (
+        "model.norm=batch",
+        "pretrain.ema_decay=0.9",
+        "pretrain.max_steps=80",
+        "pretrain.epochs=8",
+        "pretrain.checkpoint_every_epochs=8",
+    )
     more += (f"pretrain.checkpoint_every_steps={interval}",)
     run, undisturbed = (make_run(*TEN_SGD_STEPS, *more) for _ in range(2))
     carry_out(run, "ingest")

@@ -61,6 +61,45 @@ def _train(precision: str, factors: list[float], clip_norm: float | None = None)
     return told
 
 
+def _follow() -> dict[str, Any]:
+    """A layer that takes a quarter of the rate beside one that takes it whole, and the average of what they become."""
+    import keras
+    import tensorflow as tf
+
+    from jobs.training.average import AveragedBackbone
+    from jobs.training.optimizer import build_optimizer
+
+    dense = keras.layers.Dense
+    network = keras.Sequential([keras.Input((2,)), dense(2, use_bias=False, name="a"), dense(2, use_bias=False)])
+    average = AveragedBackbone(network, decay=0.5)
+    found: dict[str, Any] = {"weights": [network.get_weights()], "average": []}
+    for kind in ("sgd", "adamw", "lars", "lamb"):
+        shares = list(zip(network.trainable_variables, (0.25, 1.0), strict=True))
+        optimizer = build_optimizer(kind, 0.1, weight_decay=0.1, shares=shares)
+        optimizer.build(network.trainable_variables)
+        for variable in network.trainable_variables:
+            variable.assign([[1.0, 2.0], [3.0, 4.0]])
+        optimizer.apply([tf.ones((2, 2))] * 2, network.trainable_variables)
+        found[kind] = network.get_weights()
+    for step in (1.0, 2.0):
+        network.set_weights([np.full((2, 2), step)] * 2)
+        average.follow(tf.constant(step))
+        found["average"].append(float(average.model.get_weights()[0][0, 0]))
+    return found
+
+
+def test_each_layer_takes_its_share_of_the_rate_and_the_average_follows(ray_cluster: None) -> None:
+    found = ray.get(ray.remote(num_cpus=1)(_follow).remote())
+    start = np.array([[1.0, 2.0], [3.0, 4.0]])
+    for kind in ("sgd", "adamw", "lars", "lamb"):
+        slow, whole = (weights - start for weights in found[kind])
+        np.testing.assert_allclose(slow, 0.25 * whole, rtol=0.02, err_msg=kind)
+        assert np.abs(whole).min() > 1e-4, kind
+    # It keeps 2/11, then 3/12: less than a half, for it is young.
+    first = found["weights"][0][0][0, 0] * 2 / 11 + 1.0 * 9 / 11
+    assert found["average"] == pytest.approx([first, first * 3 / 12 + 2.0 * 9 / 12], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def told(ray_cluster: None) -> dict[str, dict[str, list[float]]]:
     """Float16 has a process of its own: the precision is the process's."""
