@@ -144,7 +144,7 @@ MISTAKES = {
     ),
     "a ViT with batch normalisation": (
         ["model.backbone=vit_tiny", "model.norm=batch"],
-        "norm must be layer for vit_tiny, got batch: leave it out",
+        "norm must be layer for vit_tiny, which has no other, got batch: leave it out",
     ),
     "weights to start from that are not there": (["pretrain.initial=a.keras"], "pretrain.initial: there is no "),
     "weights to start from that are no weights": (["pretrain.initial=bad.keras"], "cannot be read as a Keras file: "),

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import ray
 
-from jobs.ssl.methods import METHODS
+from jobs.ssl.methods import METHODS, Method
 
 BATCH, SIZE, CLASSES = 8, 8, 3
 
 
 def _behaviour(name: str) -> dict[str, float]:
-    """Loss of a whole batch, of its halves on two workers and one after another on one, and after twenty steps."""
+    """Loss of a whole batch, of its halves on two workers and one after another on one, and after twenty steps.
+
+    The last one also of a second method that took over all that a checkpoint holds of the first.
+    """
     import keras
     import tensorflow as tf
 
@@ -28,8 +31,8 @@ def _behaviour(name: str) -> dict[str, float]:
         model = ModelConfig(backbone="vit_tiny", width=8, depth=1, embedding="cls")
     else:
         model = ModelConfig(width=8, stages=1, norm="none")
-    backbone = build_backbone(model, SIZE, seed=0)
-    method = build_method(config, backbone, CLASSES)
+    methods = [build_method(config, build_backbone(model, SIZE, seed), CLASSES) for seed in range(2)]
+    method, second = methods
     generator = np.random.default_rng(0)
     sizes = {SIZE: method.views, config.local_size_for(SIZE): views_of(config)[1]}
     images = tuple(
@@ -39,14 +42,14 @@ def _behaviour(name: str) -> dict[str, float]:
     )
     targets = tf.one_hot(generator.integers(0, CLASSES, BATCH), CLASSES)
 
-    def forward() -> Any:
+    def forward(method: Method) -> Any:
         return method.forward(images if len(images) > 1 else images[0])
 
-    def whole() -> tf.Tensor:
-        return method.loss(forward(), targets, lambda z: z, tf.constant(0))
+    def whole(method: Method) -> tf.Tensor:
+        return method.loss(forward(method), targets, lambda z: z, tf.constant(0))
 
     # The halves are cut from the whole's outputs: batch normalisation of one process knows of no other.
-    parts = [tf.split(tensor, 2) for tensor in tf.nest.flatten(forward())]
+    parts = [tf.split(tensor, 2) for tensor in tf.nest.flatten(forward(method))]
     outputs = [row if len(row) > 1 else row[0] for row in zip(*parts, strict=True)]
     halves = tf.split(targets, 2)
 
@@ -62,16 +65,21 @@ def _behaviour(name: str) -> dict[str, float]:
     def piece(number: int) -> tf.Tensor:
         return method.loss(outputs[number], halves[number], lambda z: z, tf.constant(0))
 
-    before = float(whole())
+    before = float(whole(method))
     found = {"whole": before, "halves": float(share(0) + share(1))}
     found["pieces"] = float(piece(0) + piece(1)) if method.separable else before
-    variables = [v.value for v in (*backbone.trainable_variables, *method.head.trainable_variables)]
+    variables = [v.value for v in (*method.backbone.trainable_variables, *method.head.trainable_variables)]
     optimizer = keras.optimizers.Adam(1e-3)
     for _ in range(20):
         with tf.GradientTape() as tape:
-            loss = whole()
+            loss = whole(method)
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
-    return {**found, "after": float(whole())}
+    found["after"] = float(whole(method))
+    method.after_step(tf.constant(0.5))
+    first, taken = ([*one.backbone.weights, *one.head.weights, *one.state] for one in methods)
+    for variable, value in zip(taken, first, strict=True):
+        variable.assign(value)
+    return {**found, "continued": float(whole(method)), "restored": float(whole(second))}
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -88,6 +96,9 @@ class TestMethodContract:
 
     def test_a_loss_that_compares_no_images_is_the_sum_of_its_pieces(self, behaviour: dict[str, float]) -> None:
         assert behaviour["pieces"] == pytest.approx(behaviour["whole"], rel=1e-5)
+
+    def test_a_checkpoint_holds_all_that_the_loss_depends_on(self, behaviour: dict[str, float]) -> None:
+        assert behaviour["restored"] == pytest.approx(behaviour["continued"], rel=1e-6)
 
     def test_the_loss_falls_along_its_gradient(self, behaviour: dict[str, float]) -> None:
         assert behaviour["after"] < behaviour["whole"]
