@@ -33,6 +33,8 @@ class Method:
     """Augmented views of each image."""
     multi_crop = False
     """Whether it takes smaller local views as well, `local_views` of the recipe."""
+    holds_scale = False
+    """Whether the loss holds the deviation of what it compares to a figure, so that a smaller one is a bad sign."""
     separable = False
     """Whether the loss is a sum over images that look at no other."""
     head: "keras.Model"

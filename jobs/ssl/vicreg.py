@@ -26,6 +26,8 @@ class VICReg(Method):
     with batch normalisation (section 4.2).
     """
 
+    holds_scale = True
+
     def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:
         super().__init__(config, backbone, classes)
         self._weights = (config.invariance_weight, config.variance_weight, config.covariance_weight)

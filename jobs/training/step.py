@@ -159,6 +159,8 @@ def _gradients(
 
 def _one_by_one(work: Callable[..., list[tf.Tensor]], pieces: list[Any]) -> list[tf.Tensor]:
     """The sums of what `work` gives for the pieces, each begun when the one before is done."""
+    # A function of its own is one node of the graph, which TensorFlow's rewriting of graphs leaves in its place.
+    work = tf.function(work, autograph=False, experimental_attributes={"_noinline": True})
     total = work(*pieces[0])
     for piece in pieces[1:]:
         total = [some + more for some, more in zip(total, work(*_once(total, piece)), strict=True)]

@@ -218,7 +218,10 @@ class _Worker:
 
     def _collapsed(self, probed: dict[str, float]) -> bool:
         """Whether worker 0 sees a collapse, which it tells the driver; every worker asks at the same step."""
-        sign = collapse_sign(self.untrained, probed) if self.rank == 0 and self.config.sentinel.watch else None
+        watched = self.rank == 0 and self.config.sentinel.watch
+        sign = None
+        if watched:
+            sign = collapse_sign([self.untrained, *self.history, probed], self.method.holds_scale)
         if sign is not None:
             self._tell({"kind": "collapsed", "sign": sign, "healthy_step": self._healthy_step()}, wait=True)
         return bool(self._gather_ints([sign is not None]).any())

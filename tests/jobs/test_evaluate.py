@@ -29,7 +29,7 @@ from jobs.evaluation.statistics import difference, estimate
 from jobs.evaluation.verdict import lacks_gain, no_verdict, overall
 from jobs.model.config import ModelConfig
 from jobs.registry import Registry
-from jobs.training.checkpoint import State, write_checkpoint
+from jobs.training.checkpoint import State, host_copies, write_checkpoint
 from jobs.training.config import FinetuneConfig
 from tests.conftest import carry_out
 
@@ -62,9 +62,16 @@ def make_dead_run(storage: Path, *overrides: str) -> Run:
     for variable in backbone.weights:
         variable.assign(np.zeros(variable.shape))
     directory = run.directory / "pretrain" / "step-1"
-    directory.mkdir(parents=True)
-    state = State(1, 0, size, model.model_dump(), "simclr", 64, "", 0.0, [], [])
-    write_checkpoint(directory, state, {"backbone": backbone.weights, "head": [], "optimizer": []})
+    about = {"seed": 0, "image_size": size, "model": model.model_dump(), "method": "simclr", "global_batch_size": 64}
+    empty = {
+        "fingerprint": "",
+        "untrained": {},
+        "history": [],
+        "resumed_from": [],
+        "training": "",
+        "weights_sha256": "",
+    }
+    write_checkpoint(directory, State(step=1, **about, **empty), {"backbone": host_copies(backbone.weights)})
     result = {"checkpoint": str(directory), "method": "simclr", "weights_sha256": "0" * 64, "knn_pretrained": None}
     write_json(run.directory / "stages" / "pretrain.json", {"result": result, "seconds": 1.0})
     return run
