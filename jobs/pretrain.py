@@ -51,11 +51,13 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
         model.check_size(config.local_size_for(size), size, "pretrain.local_size")
     if config.initial is not None:
         check_initial(config.initial, model, size)
-    batch, workers = config.global_batch_size, profile.train.workers
-    if batch % workers:
+    batch, workers, pieces = config.global_batch_size, profile.train.workers, config.micro_batches
+    parts = workers * pieces
+    if batch % parts:
+        each = f" times the {pieces} of pretrain.micro_batches" if pieces > 1 else ""
         raise HelioError(
-            f"pretrain.global_batch_size must be a multiple of the {workers} workers of profile {profile.name}, "
-            f"got {batch}: use {batch - batch % workers or workers}"
+            f"pretrain.global_batch_size must be a multiple of the {workers} workers of profile {profile.name}{each}, "
+            f"got {batch}: use {batch - batch % parts or parts}"
         )
 
 
@@ -198,7 +200,7 @@ def _attempt(
                 run.progress.say(f"  going on from the checkpoint of step {step:,}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
-            shown = {name: event[name] for name in ("loss", "knn_accuracy") if name in event}
+            shown = {name: event[name] for name in ("loss", "accuracy", "knn_accuracy") if name in event}
             task.update(step * config.global_batch_size, **shown)
 
         with listening(handle) as events:

@@ -51,9 +51,9 @@ class BYOL(Method):
         other = tf.reshape(tf.reverse(tf.reshape(wanted, [-1, 2, wanted.shape[-1]]), [1]), tf.shape(wanted))
         return tf.reduce_sum(2 - 2 * tf.reduce_sum(prediction * other, axis=-1)) / self._global_batch_size
 
-    def project(self, embeddings: tf.Tensor) -> tf.Tensor:
+    def project(self, head: keras.Model, embeddings: tf.Tensor) -> tf.Tensor:
         """See `Method.project`."""
-        return self.head(embeddings, training=False)[0]
+        return head(embeddings, training=False)[0]
 
     def after_step(self, progress: tf.Tensor) -> None:
         """See `Method.after_step`."""

@@ -66,7 +66,7 @@ class MAE(Method):
         of_images = tf.reduce_mean(tf.math.squared_difference(decoded, wanted), axis=(1, 2))
         return tf.reduce_sum(of_images) / self.config.global_batch_size
 
-    def project(self, embeddings: tf.Tensor) -> None:
+    def project(self, head: keras.Model, embeddings: tf.Tensor) -> None:
         """See `Method.project`: what is compared are pixels."""
 
     def after_step(self, progress: tf.Tensor) -> None:

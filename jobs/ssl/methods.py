@@ -33,6 +33,8 @@ class Method:
     """Augmented views of each image."""
     multi_crop = False
     """Whether it takes smaller local views as well, `local_views` of the recipe."""
+    classifies = False
+    """Whether what `project` gives are logits of the data set's classes."""
     holds_scale = False
     """Whether the loss holds the deviation of what it compares to a figure, so that a smaller one is a bad sign."""
     separable = False
@@ -65,9 +67,12 @@ class Method:
         """
         raise NotImplementedError
 
-    def project(self, embeddings: "tf.Tensor") -> "tf.Tensor | None":
-        """What the loss compares of embeddings [n, dimension], one vector each; None where it compares no images."""
-        return self.head(embeddings, training=False)
+    def project(self, head: "keras.Model", embeddings: "tf.Tensor") -> "tf.Tensor | None":
+        """What the loss compares of embeddings [n, dimension], one vector each; None where it compares no images.
+
+        `head` is this method's, or the average of what it was in many steps.
+        """
+        return head(embeddings, training=False)
 
     def after_step(self, progress: "tf.Tensor") -> None:
         """Called in the graph once the weights have moved; `progress` is the share of the training done, 0 to 1."""

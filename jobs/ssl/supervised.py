@@ -13,6 +13,7 @@ class Supervised(Method):
     """Mean cross-entropy over the global batch, -sum(target * log softmax(W h + b))."""
 
     views = 1
+    classifies = True
     separable = True
 
     def __init__(self, config: PretrainConfig, backbone: keras.Model, classes: int) -> None:

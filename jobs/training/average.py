@@ -1,20 +1,24 @@
-"""A backbone whose weights are the moving average of those that are trained (Polyak and Juditsky 1992)."""
+"""Networks whose weights are the moving average of those that are trained (Polyak and Juditsky 1992)."""
+
+from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 
-class AveragedBackbone:
-    """Follows a backbone step by step; `model` is what is probed and handed on in its place."""
+class Average:
+    """Follows models step by step; `models` are what is probed and handed on in their place."""
 
-    def __init__(self, backbone: keras.Model, decay: float) -> None:
+    def __init__(self, trained: Sequence[keras.Model], decay: float) -> None:
         """`decay` is the share of itself that the average keeps in a step."""
         self._decay = decay
-        self.model = keras.models.clone_model(backbone)
-        self.model.set_weights(backbone.get_weights())
-        # Normalisation's moving statistics are averaged, too; counters and seeds are not.
-        pairs = zip(self.model.weights, backbone.weights, strict=True)
-        self._pairs = [(own, trained) for own, trained in pairs if keras.backend.is_float_dtype(trained.dtype)]
+        self.models = [keras.models.clone_model(model) for model in trained]
+        self._pairs: list[tuple[keras.Variable, keras.Variable]] = []
+        for model, followed in zip(self.models, trained, strict=True):
+            model.set_weights(followed.get_weights())
+            # Normalisation's moving statistics are averaged, too; counters and seeds are not.
+            pairs = zip(model.weights, followed.weights, strict=True)
+            self._pairs += [(own, theirs) for own, theirs in pairs if keras.backend.is_float_dtype(theirs.dtype)]
 
     def follow(self, step: tf.Tensor) -> None:
         """Take in the weights after `step` steps, a float scalar.

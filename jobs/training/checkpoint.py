@@ -1,8 +1,8 @@
 """Checkpoints: weights, optimizer slots and position, as plain arrays.
 
     <checkpoint>/
-        <part>.npz     arrays of a part, in Keras's order: `backbone` (what is handed on), `trained` (the backbone that
-                       it is an average of, if it is one), `head` and `method` (its target network, its centre),
+        <part>.npz     arrays of a part, in Keras's order: `backbone` and `head` as they are handed on, `trained` (both
+                       of which these are averages, if they are), `method` (its target network, its centre),
                        `optimizer` (with its step count)
         state.json     step, seed, model, method, data-set fingerprint, figures of the epochs so far
         manifest.json  size and SHA-256 of every other file

@@ -17,6 +17,7 @@ from jobs.data.dataset import Dataset
 from jobs.data.decode import DecodeError, decode_to_size
 from jobs.data.stream import Views, stratified_rows
 from jobs.ssl import probe
+from jobs.ssl.methods import Method
 from jobs.training.config import PretrainConfig
 from jobs.training.step import gather
 
@@ -32,11 +33,11 @@ Item = tuple[str, int, int | None]
 
 @dataclass(frozen=True)
 class Networks:
-    """What is looked at: the backbone, and what the method's loss compares."""
+    """What is looked at: the backbone, and through the head what the method's loss compares."""
 
     backbone: keras.Model
-    project: Callable[[tf.Tensor], tf.Tensor | None]
-    """From embeddings to projections, float32 [n, dimension] each, or to nothing."""
+    head: keras.Model
+    method: Method
 
 
 class Probe:
@@ -54,6 +55,7 @@ class Probe:
     ) -> None:
         """`place` is (rank, world); `name_corrupt` takes the text on an image that can no longer be decoded."""
         self._strategy, self._config, (self._rank, self._world) = strategy, config, place
+        self._classifies = networks.method.classifies
         self._dimension = networks.backbone.output_shape[-1]
         generator = np.random.default_rng(views.seed)
         memory = stratified_rows(dataset.labels("train"), config.knn_train_images, views.seed)
@@ -80,13 +82,14 @@ class Probe:
 
         def features(batch: tf.Tensor) -> tf.Tensor:
             embeddings = networks.backbone(batch, training=False)
-            projections = networks.project(embeddings)
+            projections = networks.method.project(networks.head, embeddings)
             return gather(embeddings if projections is None else tf.concat([embeddings, projections], axis=-1))
 
         self._features = tf.function(lambda batch: strategy.run(features, args=(batch,)))
 
     def figures(self) -> dict[str, float]:
-        """See `jobs.ssl.probe`; `knn_accuracy` where there are labels. Empty but on worker 0."""
+        """See `jobs.ssl.probe`; with labels `knn_accuracy`, and `accuracy` of a head that classifies, on validation
+        images. Empty but on worker 0."""
         everything = self._everything()
         if self._rank != 0:
             return {}
@@ -105,6 +108,8 @@ class Probe:
         if projections.shape[1]:
             found["projection_std"] = probe.deviation(projections)
             found["projection_spread"] = probe.spread(projections)
+        if self._labelled and self._classifies:
+            found["accuracy"] = float((projections.argmax(axis=1) == self._labels[1]).mean())
         if self._labelled:
             found["knn_accuracy"] = probe.knn_accuracy(
                 embeddings[:memory], self._labels[0], validation, self._labels[1], self._config.knn_neighbors

@@ -22,7 +22,7 @@ from jobs.model.backbone import build_backbone
 from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
-from jobs.training.average import AveragedBackbone
+from jobs.training.average import Average
 from jobs.training.checkpoint import Begun, State, assign, host_copies, weights_hash
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import load_initial
@@ -117,10 +117,12 @@ class _Worker:
             micro_batches=config.micro_batches,
             after=self._after_step,
         )
-        self.average = None if config.ema_decay is None else AveragedBackbone(self.backbone, config.ema_decay)
-        self.exported = self.backbone if self.average is None else self.average.model
-        """What the probe looks at, and what is handed on."""
-        statistics = {id(v): v for model in (self.backbone, self.exported) for v in _moving_statistics(model)}
+        trained = [self.backbone, self.method.head]
+        self.average = None if config.ema_decay is None else Average(trained, config.ema_decay)
+        # What the probe looks at, and what is handed on.
+        self.exported_backbone, self.exported_head = trained if self.average is None else self.average.models
+        models = (*trained, self.exported_backbone, self.exported_head)
+        statistics = {id(v): v for model in models for v in _moving_statistics(model)}
         self.average_statistics = make_average(self.strategy, list(statistics.values()))
         self.step = 0
         self.untrained: dict[str, float] = {}
@@ -133,7 +135,7 @@ class _Worker:
         self._restore()
         self.probe = Probe(
             self.strategy,
-            Networks(self.exported, self.method.project),
+            Networks(self.exported_backbone, self.exported_head, self.method),
             self.dataset,
             self.views,
             config,
@@ -286,10 +288,11 @@ class _Worker:
 
     def _parts(self) -> dict[str, Sequence[Any]]:
         """The variables that a checkpoint holds, by part."""
+        trained = [] if self.average is None else [*self.backbone.weights, *self.method.head.weights]
         return {
-            "backbone": self.exported.weights,
-            "trained": [] if self.average is None else self.backbone.weights,
-            "head": self.method.head.weights,
+            "backbone": self.exported_backbone.weights,
+            "head": self.exported_head.weights,
+            "trained": trained,
             "method": self.method.state,
             "optimizer": self.optimizer.variables,
         }

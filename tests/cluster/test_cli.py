@@ -130,6 +130,10 @@ MISTAKES = {
         ["pretrain.global_batch_size=63"],
         "must be a multiple of the 2 workers of profile local, got 63: use 62",
     ),
+    "pieces that workers' batches do not have": (
+        ["pretrain.micro_batches=5"],
+        "of the 2 workers of profile local times the 5 of pretrain.micro_batches, got 128: use 120",
+    ),
     "a backbone that cannot be masked": (
         ["pretrain.method=mae"],
         "needs a ViT, which can leave out patches, got model.backbone=convnet: use vit_tiny",

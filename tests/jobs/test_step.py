@@ -66,12 +66,12 @@ def _follow() -> dict[str, Any]:
     import keras
     import tensorflow as tf
 
-    from jobs.training.average import AveragedBackbone
+    from jobs.training.average import Average
     from jobs.training.optimizer import build_optimizer
 
     dense = keras.layers.Dense
     network = keras.Sequential([keras.Input((2,)), dense(2, use_bias=False, name="a"), dense(2, use_bias=False)])
-    average = AveragedBackbone(network, decay=0.5)
+    average = Average([network], decay=0.5)
     found: dict[str, Any] = {"weights": [network.get_weights()], "average": []}
     for kind in ("sgd", "adamw", "lars", "lamb"):
         shares = list(zip(network.trainable_variables, (0.25, 1.0), strict=True))
@@ -84,7 +84,7 @@ def _follow() -> dict[str, Any]:
     for step in (1.0, 2.0):
         network.set_weights([np.full((2, 2), step)] * 2)
         average.follow(tf.constant(step))
-        found["average"].append(float(average.model.get_weights()[0][0, 0]))
+        found["average"].append(float(average.models[0].get_weights()[0][0, 0]))
     return found
 
 
