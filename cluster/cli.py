@@ -332,7 +332,8 @@ def _recipes(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(found, indent=2))
         else:
-            print("\n".join(f"{name:12} {text}" for name, text in found.items()))
+            width = max(len(name) for name in found)
+            print("\n".join(f"{name:{width}}  {text}" for name, text in found.items()))
         return 0
     _print_plan(load_recipe(arguments.name, arguments.overrides).to_dict(), arguments.json)
     return 0

@@ -191,7 +191,7 @@ class _Worker:
                 **probed,
                 **data,
             }
-            self.history.append({"step": self.step, **metrics})
+            self.history.append({"step": self.step, "unix_time": time.time(), **metrics})
             self._tell({"kind": "epoch", **metrics})
             if self._is_due():
                 self._checkpoint(None)
