@@ -316,7 +316,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_mend(make_run: MakeRun) 
 
 def test_a_collapse_is_named_remedied_and_at_last_ends_the_run(make_run: MakeRun) -> None:
     overrides = ("method=dino", "local_views=0", "center_momentum=1", "global_batch_size=64", "warmup_steps=0")
-    settings = [f"pretrain.{override}" for override in (*overrides, "epochs=3", "sentinel.remedies=1")]
+    settings = [f"pretrain.{override}" for override in (*overrides, "epochs=8", "sentinel.remedies=1")]
     run = make_run(*settings, profile=("profile.train.workers=1",))
     carry_out(run, "ingest")
     with pytest.raises(HelioError, match=r"collapsed at step \d+ after 1 remedies: .*projection_spread.*: lower"):
