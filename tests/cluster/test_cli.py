@@ -80,7 +80,7 @@ def test_one_searched_setting_can_be_changed_and_the_others_stay(environment: No
 
 def test_shipped_recipes_are_listed_and_shown_with_every_default(environment: None, tmp_path: Path) -> None:
     names = json.loads(helio("recipes", "--json", cwd=tmp_path).stdout)
-    assert set(names) == {"quickstart", "cifar10", "photos"}
+    assert set(names) == {"quickstart", "cifar10", "cifar10_supervised", "photos"}
     shown = yaml.safe_load(helio("recipes", "photos", cwd=tmp_path).stdout)
     assert shown["data"]["image_size"] == 160
     assert shown["serve"]["port"] == 8000
@@ -132,7 +132,7 @@ MISTAKES = {
     ),
     "pieces that workers' batches do not have": (
         ["pretrain.micro_batches=5"],
-        "of the 2 workers of profile local times the 5 of pretrain.micro_batches, got 128: use 120",
+        "of the 2 workers of profile local times the 5 of pretrain.micro_batches, got 256: use 250",
     ),
     "a backbone that cannot be masked": (
         ["pretrain.method=mae"],
