@@ -159,7 +159,6 @@ def bare_loop(threads: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     backbone = build_backbone(ModelConfig(width=24, stages=3), 32, seed=0)
     model = keras.Sequential([backbone, keras.layers.Dense(10)])
-    model.build((None, 32, 32, 3))
     optimizer = keras.optimizers.AdamW(keras.optimizers.schedules.CosineDecay(2e-3, 10_000), weight_decay=1e-4)
     optimizer.build(model.trainable_variables)
     generator = np.random.default_rng(0)
