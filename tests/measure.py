@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,11 +65,6 @@ def ratio(name: str, ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(value, 3)
 
 
-def finish(results: Mapping[str, object]) -> None:
-    """The last line of a benchmark."""
-    print(json.dumps(results))
-
-
 def tree_memory_mb(pid: int) -> float:
     """Proportional set size of a process and all below it, MiB: shared pages, as the object store's, count once."""
     parents = {int(p.name): _parent(p) for p in Path("/proc").iterdir() if p.name.isdigit()}
@@ -94,6 +90,11 @@ def _pss_kb(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
+def finish(results: Mapping[str, object]) -> None:
+    """The last line of a benchmark."""
+    print(json.dumps(results))
+
+
 @contextmanager
 def quiet_environment() -> Iterator[None]:
     """The environment of a `helio` command."""
@@ -104,3 +105,9 @@ def quiet_environment() -> Iterator[None]:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     yield
+
+
+def run_benchmark(measure: Callable[[Path], Mapping[str, object]]) -> None:
+    """Let `measure` work in a directory that goes afterwards; what it found is the last line."""
+    with tempfile.TemporaryDirectory(prefix="helio-bench-", ignore_cleanup_errors=True) as scratch, quiet_environment():
+        finish(measure(Path(scratch)))

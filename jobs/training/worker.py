@@ -158,11 +158,10 @@ class _Worker:
             figures += self.train_step(_for_model(batch), tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
             self.step += 1
             since += 1
-            means = _means(figures, since)
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell({"kind": "step", "loss": means["loss"]})
+                self._tell({"kind": "step", "loss": _means(figures, since)["loss"]})
             if figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
                 sign = f"{figures[SKIPPED]:.0f} of {since:,} steps had a gradient that is no number"
@@ -186,7 +185,7 @@ class _Worker:
             if self._collapsed(probed):
                 return
             metrics = {
-                **means,
+                **_means(figures, since),
                 "learning_rate": float(self.schedule(self.step - 1)),
                 **probed,
                 **data,

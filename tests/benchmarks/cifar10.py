@@ -11,15 +11,13 @@ process and stop at MINUTES.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.measure import finish, quiet_environment, unpacked
+from tests.measure import run_benchmark, unpacked
 
 MINUTES = float(os.environ.get("MINUTES", "30"))
 TARGETS = (0.73, 0.80)
@@ -31,12 +29,7 @@ Curve = list[tuple[float, float]]
 
 def main() -> None:
     """Run both and print when they reach what."""
-    scratch = Path(tempfile.mkdtemp(prefix="helio-bench-"))
-    try:
-        with quiet_environment():
-            finish(_measure(scratch))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    run_benchmark(_measure)
 
 
 def _measure(scratch: Path) -> dict[str, Any]:

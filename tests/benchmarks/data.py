@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from tests.measure import (
-    finish,
     quiet_environment,
     rate,
     ratio,
+    run_benchmark,
     side_by_side,
     tree_memory_mb,
     unpacked,
@@ -48,12 +47,7 @@ WINDOWS = {"photos": (16, 512), "cifar10": (256, 16384)}
 
 def main() -> None:
     """Run everything and print the ratios."""
-    scratch = Path(tempfile.mkdtemp(prefix="helio-bench-"))
-    try:
-        with quiet_environment():
-            finish(_measure(scratch))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    run_benchmark(_measure)
 
 
 def _measure(scratch: Path) -> dict[str, Any]:

@@ -9,15 +9,13 @@ Each run is `helio pretrain` with the sentinel on. Features are judged by the kN
 import io
 import os
 import re
-import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests.conftest import carry_out
-from tests.measure import finish, quiet_environment, unpacked
+from tests.measure import run_benchmark, unpacked
 
 IMAGES, SEEDS, EPOCHS = 10_000, 3, int(os.environ.get("EPOCHS", "4"))
 CONVNET = ["model.backbone=convnet", "model.width=16", "model.norm=batch"]
@@ -42,19 +40,14 @@ COLLAPSES = {
 
 def main() -> None:
     """Run everything and print the figures."""
-    scratch = Path(tempfile.mkdtemp(prefix="helio-bench-"))
-    wanted = sys.argv[1:] or ["learn", "collapse"]
-    try:
-        with quiet_environment():
-            finish(_measure(scratch, wanted))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    run_benchmark(_measure)
 
 
-def _measure(scratch: Path, wanted: list[str]) -> dict[str, Any]:
+def _measure(scratch: Path) -> dict[str, Any]:
     from cluster.profile import load_profile
     from cluster.session import ray_session
 
+    wanted = sys.argv[1:] or ["learn", "collapse"]
     archive = unpacked("cifar10_train.tar.xz", scratch / "cifar10") / "cifar10_train" / "train"
     source = _subset(archive, scratch / "subset")
     profile = load_profile("local", [f"profile.storage={scratch / 'storage'}"])

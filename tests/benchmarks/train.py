@@ -13,11 +13,9 @@ import io
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from tests.conftest import carry_out
-from tests.measure import finish, quiet_environment, ratio, side_by_side, unpacked
+from tests.measure import ratio, run_benchmark, side_by_side, unpacked
 
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 BATCH, IMAGES, EPOCHS = 256, 5_000, 5
@@ -40,12 +38,7 @@ LINK_GBIT, LINK_LATENCY_S = 25.0, 30e-6
 
 def main() -> None:
     """Run everything and print the ratios."""
-    scratch = Path(tempfile.mkdtemp(prefix="helio-bench-"))
-    try:
-        with quiet_environment():
-            finish(_measure(scratch))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    run_benchmark(_measure)
 
 
 def _measure(scratch: Path) -> dict[str, Any]:
