@@ -18,8 +18,9 @@ class DINO(Method):
     Equation 3: the sum over the teacher's views x and the student's views x' ≠ x of -P_t(x) · log P_s(x'), here the
     mean over those pairs and over the images of the global batch. P is a softmax over K outputs (equation 1); the
     teacher's are centred and its temperature is the lower one. The teacher is a moving average of the student, the
-    centre one of the teacher's outputs over the global batch (equation 4). The authors also hold the last layer still
-    in the first epoch, and raise the teacher's temperature from 0.04; both are left out.
+    centre one of the teacher's outputs over the global batch (equation 4), here without the weight of the zeros that it
+    begins with: the authors have epochs for these to be forgotten. They also hold the last layer still in the first
+    epoch, and raise the teacher's temperature from 0.04; both are left out.
     """
 
     multi_crop = True
@@ -31,7 +32,7 @@ class DINO(Method):
         self.head.add(keras.layers.UnitNormalization(name="unit", dtype="float32"))
         self.head.add(Prototypes(config.prototypes, name="prototypes", dtype="float32"))
         self._teacher = Target([backbone, self.head], config.target_momentum)
-        self._center = _variable(config.prototypes, "center")
+        self._center = _variable(config.prototypes + 1, "center")
         self._sum, self._count = _variable(config.prototypes, "outputs"), _variable(1, "views")
         self.state = [*self._teacher.variables, self._center]
 
@@ -53,7 +54,9 @@ class DINO(Method):
         *students, teacher = outputs
         self._take_down(teacher, gather)
         rows = tf.shape(targets)[0]
-        wanted = tf.nn.softmax((teacher - self._center.value) / config.teacher_temperature)
+        # The last one is what the others weigh: 0 before the first step, near 1 after many.
+        center = tf.math.divide_no_nan(self._center.value[:-1], self._center.value[-1])
+        wanted = tf.nn.softmax((teacher - center) / config.teacher_temperature)
         wanted = tf.reshape(wanted, [rows, self.views, config.prototypes])
         # [batch, view, K], the student's global views first.
         seen = tf.concat([tf.reshape(some, [rows, -1, config.prototypes]) for some in students], axis=1)
@@ -66,7 +69,8 @@ class DINO(Method):
     def after_step(self, progress: tf.Tensor) -> None:
         """See `Method.after_step`."""
         keep = self.config.center_momentum
-        self._center.assign(keep * self._center.value + (1 - keep) * self._sum.value / self._count.value)
+        mean = tf.concat([self._sum.value / self._count.value, [1.0]], 0)
+        self._center.assign(keep * self._center.value + (1 - keep) * mean)
         self._teacher.follow(progress)
 
     def _take_down(self, teacher: tf.Tensor, gather: Callable[[tf.Tensor], tf.Tensor]) -> None:
