@@ -1,5 +1,6 @@
 """What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import ray
 import ray.train
 import tensorflow as tf
 
-from cluster.errors import CheckpointError
 from cluster.profile import DataResources, TrainResources
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -23,7 +23,8 @@ from jobs.model.config import ModelConfig
 from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
 from jobs.training.average import Average
-from jobs.training.checkpoint import Begun, State, assign, host_copies, weights_hash
+from jobs.training.checkpoint import Begun, State
+from jobs.training.checkpointing import Checkpointing
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
@@ -40,10 +41,6 @@ MOST_SKIPPED, MOST_SKIPPED_SHARE = 5, 0.05
 
 CORRUPT_NAMED = 10
 """Images that each worker names in an epoch, of those that could no longer be decoded."""
-
-NO_CHECKPOINT, NONE_WHOLE = -1, -2
-"""What worker 0 tells the others in place of the step to go on from."""
-
 
 _NOT_BEGUN = Begun([0.0] * len(FIGURES), 0, 0.0, [0] * 5)
 
@@ -78,7 +75,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     set_up_tensorflow(train.threads_per_worker, train.gpus_per_worker, train.precision)
     worker = _Worker(assignment)
     worker.run()
-    worker.finish()
+    worker.checkpoints.finish()
 
 
 class _Worker:
@@ -101,8 +98,8 @@ class _Worker:
         # An exchange wants a tensor that lies on a device; what a function is given lies on none.
         self._everyone = tf.function(lambda own: self.strategy.run(lambda v: gather(tf.identity(v)), args=(own,)))
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
-        self.store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
-        if config.initial is not None and not self.store.steps():
+        store = CheckpointStore(Path(assignment.checkpoints), assignment.training, self._notify)
+        if config.initial is not None and not store.steps():
             load_initial(self.backbone, config.initial)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
@@ -129,10 +126,20 @@ class _Worker:
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
         self.begun = _NOT_BEGUN
-        self.stopped = False
-        """Whether training cannot go on, on every worker; the driver has been told why."""
-        self.keeper = Keeper(self.store, config.keep_checkpoints, config.keep_best, self._notify)
-        self._restore()
+        self.checkpoints = Checkpointing(
+            self._parts(),
+            store,
+            Keeper(store, config.keep_checkpoints, config.keep_best, self._notify),
+            self.rank,
+            self._gather_ints,
+            lambda text: self._tell({"kind": "stopped", "text": text}, wait=True),
+        )
+        state = self.checkpoints.restore()
+        if state is not None:
+            self.step, self.untrained, self.history = state.step, state.untrained, state.history
+            self.begun = state.begun or _NOT_BEGUN
+            self.resumed_from = [*state.resumed_from, state.step]
+            self._tell({"kind": "resumed"})
         self.probe = Probe(
             self.strategy,
             Networks(self.exported_backbone, self.exported_head, self.method),
@@ -146,7 +153,7 @@ class _Worker:
     def run(self) -> None:
         """From the restored step to the last, with a probe and a checkpoint at the end of epochs."""
         config, assignment = self.config, self.assignment
-        if self.stopped:
+        if self.checkpoints.stopped:
             return
         if self.step == 0:
             self.untrained = self.probe.figures()
@@ -171,8 +178,9 @@ class _Worker:
                 if self.step % (config.checkpoint_every_steps or self.total_steps) == 0:
                     self.average_statistics()
                     elapsed = time.monotonic() - started
-                    self._checkpoint(Begun(figures.tolist(), since, elapsed, self._done(stream)))
-                    if self.stopped:
+                    begun = Begun(figures.tolist(), since, elapsed, self._done(stream))
+                    self.checkpoints.save(functools.partial(self._state, begun))
+                    if self.checkpoints.stopped:
                         return
                 continue
             self.average_statistics()
@@ -193,20 +201,12 @@ class _Worker:
             self.history.append({"step": self.step, "unix_time": time.time(), **metrics})
             self._tell({"kind": "epoch", **metrics})
             if self._is_due():
-                self._checkpoint(None)
-                if self.stopped:
+                self.checkpoints.save(functools.partial(self._state, None))
+                if self.checkpoints.stopped:
                     return
             figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
             self.begun = _NOT_BEGUN
         self._tell({"kind": "map", **self.probe.map()}, wait=True)
-
-    def finish(self) -> None:
-        """To be called when training has ended: the last checkpoint is then written, or the driver knows why not."""
-        if self.rank == 0:
-            try:
-                self.keeper.finish()
-            except CheckpointError as error:
-                self._tell({"kind": "stopped", "text": str(error)}, wait=True)
 
     def _loss(self, outputs: Any, targets: tf.Tensor) -> tf.Tensor:
         return self.method.loss(outputs, targets, gather, replica_rank())
@@ -296,54 +296,16 @@ class _Worker:
             "optimizer": self.optimizer.variables,
         }
 
-    def _restore(self) -> None:
-        """Take up the newest checkpoint of this run that is whole, if there is any: on every worker the same."""
-        step = int(self._gather_ints([self._newest() if self.rank == 0 else NO_CHECKPOINT])[0, 0])
-        self.stopped = step == NONE_WHOLE
-        if step < 0:
-            return
-        checkpoint = self.store.open(step)
-        for part, variables in self._parts().items():
-            assign(variables, checkpoint.read(part), part)
-        state = checkpoint.state
-        self.step, self.untrained, self.history = step, state.untrained, state.history
-        self.begun = state.begun or _NOT_BEGUN
-        self.resumed_from = [*state.resumed_from, step]
-        self._tell({"kind": "resumed"})
-
-    def _newest(self) -> int:
-        """The step to go on from, as worker 0 sees it."""
-        self.store.clean()
-        try:
-            newest = self.store.newest()
-        except CheckpointError as error:
-            self._tell({"kind": "stopped", "text": str(error)}, wait=True)
-            return NONE_WHOLE
-        return NO_CHECKPOINT if newest is None else newest.state.step
-
     def _is_due(self) -> bool:
         """Whether a checkpoint is to be taken at this end of an epoch."""
         epoch, every = round(self.order.epoch_of(self.step)), self.config.checkpoint_every_steps
         at_step = every is not None and self.step % every == 0
         return at_step or epoch % self.config.checkpoint_every_epochs == 0 or self.step == self.total_steps
 
-    def _checkpoint(self, begun: Begun | None) -> None:
-        """Copy what a checkpoint holds; worker 0 writes it while training goes on. Every worker calls it at a step."""
-        # Only then are there never more than one copy in memory and one checkpoint to be lost.
-        self.keeper.wait()
-        parts = {name: host_copies(variables) for name, variables in self._parts().items()}
-        digest = weights_hash([array for name, arrays in parts.items() if name != "optimizer" for array in arrays])
-        words = [int(digest[i : i + 7], 16) for i in range(0, 56, 7)]
-        told = self._gather_ints([*words, int(self.keeper.given_up)])
-        if len(np.unique(told[:, :-1], axis=0)) != 1:
-            raise RuntimeError(f"the workers hold different weights after step {self.step}")
-        if told[:, -1].any():
-            self.stopped = True
-            return
-        if self.rank != 0:
-            return
+    def _state(self, begun: Begun | None, digest: str) -> State:
+        """What a checkpoint of now says of itself; `digest` is of its weights."""
         assignment = self.assignment
-        state = State(
+        return State(
             step=self.step,
             seed=assignment.seed,
             image_size=assignment.data.image_size,
@@ -358,7 +320,6 @@ class _Worker:
             weights_sha256=digest,
             begun=begun,
         )
-        self.keeper.save(state, parts)
 
     def _gather_ints(self, values: Sequence[int]) -> np.ndarray[Any, Any]:
         """The workers' values, int32 [world, n]."""
