@@ -113,12 +113,12 @@ def _retrain(
 
     from jobs.bundle import write_bundle
     from jobs.training.device import set_up_tensorflow
-    from jobs.training.finetune import Start, finetune
+    from jobs.training.finetune import Finetuner, Start
 
     set_up_tensorflow(threads, gpus)
     training, test = ray.get(shared[0])
     start = Start(**task["start"])
-    classifier = finetune(start, training, task["config"], epochs=task["epochs"])
+    classifier = Finetuner(start).finetune(training, task["config"], epochs=task["epochs"])
     predicted = classifier.probabilities(test.images).argmax(axis=1)
     confusion = np.zeros((start.classes, start.classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)

@@ -147,7 +147,7 @@ def _trial(
     from ray import tune
 
     from jobs.training.device import set_up_tensorflow
-    from jobs.training.finetune import Classifier, finetune
+    from jobs.training.finetune import Classifier, Finetuner
 
     set_up_tensorflow(threads, gpus)
     start, labelled, validation = ray.get(shared[0])
@@ -159,7 +159,7 @@ def _trial(
         events.put.remote({"trial": number, "epoch": epoch, "accuracy": accuracy})
         tune.report({METRIC: accuracy, "loss": loss, "epoch": epoch})
 
-    finetune(start, labelled, base.model_copy(update=configuration), report)
+    Finetuner(start).finetune(labelled, base.model_copy(update=configuration), report)
 
 
 class _TrialTable:

@@ -120,7 +120,7 @@ def run_cell(
 
 
 def _finetune(cell: Finetuning, labelled: LabelledImages, material: Material, tell: Any) -> dict[str, Any]:
-    from jobs.training.finetune import Start, finetune
+    from jobs.training.finetune import Finetuner, Start
 
     start = Start(
         model=material.model,
@@ -130,8 +130,7 @@ def _finetune(cell: Finetuning, labelled: LabelledImages, material: Material, te
         weights=material.weights if cell.arm == "pretrained" else None,
     )
     epoch_images = len(labelled.labels)
-    classifier = finetune(
-        start,
+    classifier = Finetuner(start).finetune(
         labelled,
         cell.config,
         on_epoch=lambda epoch, _loss, _classifier: tell(min(1.0, epoch * epoch_images / cell.cost)),
@@ -145,6 +144,8 @@ def _finetune(cell: Finetuning, labelled: LabelledImages, material: Material, te
 
 
 def _probe(cell: Probing, labelled: LabelledImages, material: Material) -> dict[str, Any]:
+    import tensorflow as tf
+
     from jobs.model.backbone import build_backbone
     from jobs.ssl.probe import knn_right
     from jobs.training.checkpoint import assign
@@ -154,7 +155,8 @@ def _probe(cell: Probing, labelled: LabelledImages, material: Material) -> dict[
     if cell.arm == "pretrained":
         assign(backbone.weights, material.weights, "backbone")
     splits = (labelled, material.validation, material.test)
-    train, validation, test = (apply(lambda x: backbone(x, training=False), split.images) for split in splits)
+    embed = tf.function(lambda x: backbone(x, training=False))
+    train, validation, test = (apply(embed, split.images) for split in splits)
     knn = knn_right(train, labelled.labels, test, material.test.labels, cell.neighbors)
     # Features that do not vary stay as they are, at zero.
     mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-6)

@@ -5,7 +5,7 @@ Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ from jobs.model.backbone import build_backbone, depths, freeze
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, assign
 from jobs.training.config import FinetuneConfig
-from jobs.training.optimizer import build_optimizer, build_schedule
+from jobs.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
     import keras
     import tensorflow as tf
+
+    Answer = Callable[[tf.Tensor], tf.Tensor]
 
 EVALUATION_BATCH = 256
 
@@ -57,19 +59,18 @@ class Classifier:
 
     backbone: "keras.Model"
     head: "keras.Model"
+    answer: "Answer"
+    """Probabilities of a batch of images, compiled."""
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Float32 [n, classes]."""
-        import tensorflow as tf
-
-        return apply(lambda x: tf.nn.softmax(self.head(self.backbone(x, training=False), training=False)), images)
+        return apply(self.answer, images)
 
 
-def apply(function: "Callable[[tf.Tensor], tf.Tensor]", images: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What `function` makes of each image, [n, …], compiled and in batches."""
+def apply(compiled: "Answer", images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What a compiled function makes of each image, [n, …], in batches."""
     import tensorflow as tf
 
-    compiled = tf.function(function)
     parts = []
     for start in range(0, len(images), EVALUATION_BATCH):
         batch = images[start : start + EVALUATION_BATCH]
@@ -79,90 +80,135 @@ def apply(function: "Callable[[tf.Tensor], tf.Tensor]", images: NDArray[np.uint8
     return np.concatenate(parts)
 
 
-def finetune(
-    start: Start,
-    data: LabelledImages,
-    config: FinetuneConfig,
-    on_epoch: Callable[[int, float, Classifier], None] | None = None,
-    epochs: int | None = None,
-    steps: int | None = None,
-) -> Classifier:
-    """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch.
+@dataclass(frozen=True)
+class _Step:
+    """What is compiled for some number of frozen stages."""
 
-    The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best after
-    some epochs is retrained with the very rates it was found with. With `steps` it is laid out for so many optimizer
-    steps, whatever `config.epochs` says, and the last epoch ends with them.
+    optimizer: "keras.optimizers.Optimizer"
+    untouched: list[Any]
+    """The optimizer's variables before the first step."""
+    run: "Callable[[tf.Tensor, tf.Tensor], tf.Tensor]"
+
+
+class Finetuner:
+    """Fine-tunes from one start again and again; what depends on shapes alone is compiled once.
+
+    Rates, decay, dropout and the like are variables of what is compiled. There is one model: each training takes it up
+    anew, and the classifier of the one before is then gone.
     """
-    import keras
-    import tensorflow as tf
 
-    from jobs.training.step import Objective, make_step
+    def __init__(self, start: Start) -> None:
+        import keras
+        import tensorflow as tf
 
-    backbone = build_backbone(start.model, start.image_size, start.seed)
-    if start.weights is not None:
-        assign(backbone.weights, start.weights, "backbone")
-    freeze(backbone, config.unfrozen_stages)
-    head = keras.Sequential(
-        [
-            keras.Input((backbone.output_shape[-1],)),
-            keras.layers.Dropout(config.head_dropout, seed=start.seed),
-            keras.layers.Dense(start.classes, name="logits", dtype="float32"),
-        ],
-        name="head",
-    )
-    classifier = Classifier(backbone, head)
-    batch = min(config.global_batch_size, len(data.labels))
-    epoch_steps = len(data.labels) // batch
-    total = steps or epoch_steps * config.epochs
-    # Warm-up takes an epoch, but never most of a training that has few.
-    warmup = epoch_steps if steps is None else min(epoch_steps, steps // 10)
-    schedule = build_schedule("cosine", config.learning_rate, total, warmup)
-    last = total if epochs is None else min(total, epochs * epoch_steps)
-    variables = [*backbone.trainable_variables, *head.trainable_variables]
-    shares = [(variable, config.layer_decay**depth) for variable, depth in depths(backbone)]
-    shares += [(variable, 1.0) for variable in head.trainable_variables]
-    optimizer = build_optimizer("adamw", schedule, config.weight_decay, shares=shares if config.layer_decay < 1 else ())
-    optimizer.build(variables)
-    smoothing, classes = config.label_smoothing, start.classes
-    # A frozen backbone keeps its statistics too; one in training mode would still move them.
-    training = config.unfrozen_stages != 0
+        self._start = start
+        backbone = build_backbone(start.model, start.image_size, start.seed)
+        if start.weights is not None:
+            assign(backbone.weights, start.weights, "backbone")
+        dense = keras.layers.Dense(start.classes, name="logits", dtype="float32")
+        head = keras.Sequential([keras.Input((backbone.output_shape[-1],)), dense], name="head")
+        answer = tf.function(lambda x: tf.nn.softmax(head(backbone(x, training=False), training=False)))
+        self._classifier = Classifier(backbone, head, answer)
+        self._initial = [model.get_weights() for model in (backbone, head)]
+        self._weight_decay, self._layer_decay, self._dropout = (tf.Variable(0.0, trainable=False) for _ in range(3))
+        self._steps: dict[int, _Step] = {}
 
-    def logits(images: tf.Tensor) -> tf.Tensor:
-        return head(backbone(images, training=training), training=True)
+    def finetune(
+        self,
+        data: LabelledImages,
+        config: FinetuneConfig,
+        on_epoch: Callable[[int, float, Classifier], None] | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+    ) -> Classifier:
+        """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch.
 
-    def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-        target = targets * (1 - smoothing) + smoothing / classes
-        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(target, outputs))
+        The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best
+        after some epochs is retrained with the very rates it was found with. With `steps` it is laid out for so many
+        optimizer steps, whatever `config.epochs` says, and the last epoch ends with them.
+        """
+        from jobs.training.schedule import learning_rates
 
-    step = make_step(tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables)
-    augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
-    for epoch, done in enumerate(range(0, last, epoch_steps)):
-        order = np.random.default_rng([start.seed, epoch]).permutation(len(data.labels))
-        count, summed = min(epoch_steps, last - done), 0.0
-        for first in range(0, count * batch, batch):
-            rows = order[first : first + batch]
-            summed += float(step(*_batch(data, rows, start, augment, epoch))[0])
-        if on_epoch is not None:
-            on_epoch(epoch + 1, summed / count, classifier)
-    return classifier
+        batch = min(config.global_batch_size, len(data.labels))
+        epoch_steps = len(data.labels) // batch
+        total = steps or epoch_steps * config.epochs
+        # Warm-up takes an epoch, but never most of a training that has few.
+        warmup = epoch_steps if steps is None else min(epoch_steps, steps // 10)
+        rates = learning_rates("cosine", config.learning_rate, total, warmup)
+        last = total if epochs is None else min(total, epochs * epoch_steps)
+        step = self._begin(config)
+        augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
+        for epoch, done in enumerate(range(0, last, epoch_steps)):
+            order = np.random.default_rng([self._start.seed, epoch]).permutation(len(data.labels))
+            count, summed = min(epoch_steps, last - done), 0.0
+            for number in range(count):
+                rows = order[number * batch : (number + 1) * batch]
+                step.optimizer.learning_rate = rates[done + number]
+                summed += float(step.run(*self._batch(data, rows, augment, epoch, config.label_smoothing)).numpy()[0])
+            if on_epoch is not None:
+                on_epoch(epoch + 1, summed / count, self._classifier)
+        return self._classifier
 
+    def _begin(self, config: FinetuneConfig) -> _Step:
+        """The step of a training whose weights are the initial ones again."""
+        classifier = self._classifier
+        freeze(classifier.backbone, config.unfrozen_stages)
+        step = self._steps.get(config.unfrozen_stages)
+        if step is None:
+            step = self._steps[config.unfrozen_stages] = self._compile(config.unfrozen_stages)
+        for model, weights in zip((classifier.backbone, classifier.head), self._initial, strict=True):
+            model.set_weights(weights)
+        for variable, value in zip(step.optimizer.variables, step.untouched, strict=True):
+            variable.assign(value)
+        self._weight_decay.assign(config.weight_decay)
+        self._layer_decay.assign(config.layer_decay)
+        self._dropout.assign(config.head_dropout)
+        return step
 
-def _batch(
-    data: LabelledImages, rows: NDArray[np.int64], start: Start, augment: AugmentConfig, epoch: int
-) -> "tuple[keras.KerasTensor, keras.KerasTensor]":
-    import tensorflow as tf
+    def _compile(self, unfrozen_stages: int) -> _Step:
+        import tensorflow as tf
 
-    def view(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        ids = [data.ids[row] for row in rows]
-        return augment_batch(data.images[rows], ids, start.image_size, augment, start.seed, epoch)
+        from jobs.training.step import Objective, make_step
 
-    images = view(rows)
-    targets = np.eye(start.classes, dtype=np.float32)[data.labels[rows]]
-    if augment.mixes:
-        draws = draw(start.seed, epoch, [data.ids[row] for row in rows], 0)
-        others = np.array([partner(row, len(data.ids)) for row in draws])
-        for number, other in enumerate(view(others)):
-            images[number], share = mix(images[number], other, mix_share(augment, draws[number]))
-            targets[number] *= share
-            targets[number, data.labels[others[number]]] += 1 - share
-    return tf.constant(images), tf.constant(targets)
+        backbone, head = self._classifier.backbone, self._classifier.head
+        variables = [*backbone.trainable_variables, *head.trainable_variables]
+        levels = [*depths(backbone), *((variable, 0) for variable in head.trainable_variables)]
+        optimizer = build_optimizer("adamw", 0.0, self._weight_decay, layers=(levels, self._layer_decay))
+        optimizer.build(variables)
+        # A frozen backbone keeps its statistics too; one in training mode would still move them.
+        training = unfrozen_stages != 0
+
+        def logits(images: tf.Tensor) -> tf.Tensor:
+            embeddings = backbone(images, training=training)
+            seed = tf.stack([self._start.seed, tf.cast(optimizer.iterations, tf.int32)])
+            kept = tf.random.stateless_uniform(tf.shape(embeddings), seed) >= self._dropout
+            return head(tf.where(kept, embeddings / (1 - self._dropout), 0.0), training=True)
+
+        def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, outputs))
+
+        run = make_step(tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables)
+        return _Step(optimizer, [variable.numpy() for variable in optimizer.variables], run)
+
+    def _batch(
+        self, data: LabelledImages, rows: NDArray[np.int64], augment: AugmentConfig, epoch: int, smoothing: float
+    ) -> "tuple[tf.Tensor, tf.Tensor]":
+        import tensorflow as tf
+
+        start = self._start
+
+        def view(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+            ids = [data.ids[row] for row in rows]
+            return augment_batch(data.images[rows], ids, start.image_size, augment, start.seed, epoch)
+
+        images = view(rows)
+        targets = np.eye(start.classes, dtype=np.float32)[data.labels[rows]]
+        if augment.mixes:
+            draws = draw(start.seed, epoch, [data.ids[row] for row in rows], 0)
+            others = np.array([partner(row, len(data.ids)) for row in draws])
+            for number, other in enumerate(view(others)):
+                images[number], share = mix(images[number], other, mix_share(augment, draws[number]))
+                targets[number] *= share
+                targets[number, data.labels[others[number]]] += 1 - share
+        targets = targets * (1 - smoothing) + np.float32(smoothing / start.classes)
+        return tf.constant(images), tf.constant(targets)

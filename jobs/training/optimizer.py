@@ -1,45 +1,17 @@
-"""Optimizers and learning-rate schedules of Keras, built from a recipe."""
+"""Optimizers of Keras, built from a recipe."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import keras
+    import tensorflow as tf
 
     from jobs.training.config import PretrainConfig
 
 NOT_DECAYED = ["bias", "gamma", "beta", "token"]
 """Weight decay on biases, normalisation and learned tokens only shrinks what has no scale to lose (Goyal et al. 2017,
 section 5.3)."""
-
-ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
-"""Share of the steps in which one-cycle rises, and where it begins, of the peak (fast.ai's figures)."""
-
-
-def build_schedule(
-    kind: str, peak: float, steps: int, warmup_steps: int
-) -> "keras.optimizers.schedules.LearningRateSchedule":
-    """Learning rate by step: linear warm-up to `peak`, then `cosine` or `linear` to zero at `steps`, or `constant`.
-
-    `one_cycle` (Smith & Topin 2018) has a rise of its own instead of the warm-up and falls by a cosine.
-    """
-    import keras
-
-    schedules = keras.optimizers.schedules
-    if kind == "one_cycle":
-        rise = max(1, round(ONE_CYCLE_RISE * steps))
-        return schedules.CosineDecay(
-            peak * ONE_CYCLE_START, max(1, steps - rise), warmup_target=peak, warmup_steps=rise
-        )
-    warmup = min(warmup_steps, steps - 1)
-    if kind == "cosine" and warmup:
-        return schedules.CosineDecay(0.0, steps - warmup, warmup_target=peak, warmup_steps=warmup)
-    if kind == "cosine":
-        return schedules.CosineDecay(peak, steps)
-    from jobs.training.schedule import WarmedUp
-
-    end = peak if kind == "constant" else 0.0
-    return WarmedUp(warmup, schedules.PolynomialDecay(peak, steps - warmup, end_learning_rate=end, power=1.0))
 
 
 def scaled_rate(config: "PretrainConfig") -> float:
@@ -57,15 +29,15 @@ def scaled_rate(config: "PretrainConfig") -> float:
 def build_optimizer(
     kind: str,
     learning_rate: "float | keras.optimizers.schedules.LearningRateSchedule",
-    weight_decay: float,
+    weight_decay: "float | tf.Variable",
     momentum: float = 0.9,
-    shares: "Sequence[tuple[keras.Variable, float]]" = (),
+    layers: "tuple[Sequence[tuple[keras.Variable, int]], tf.Variable] | None" = None,
 ) -> "keras.optimizers.Optimizer":
     """`sgd` (Nesterov where there is momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
 
-    Decay is decoupled, but for `lars`, whose trust ratio takes it in. With `shares` each variable takes its own share
-    of the learning rate. Where layers compute in float16 it is a `LossScaleOptimizer`, which takes gradients of a loss
-    that it has scaled.
+    Decay is decoupled, but for `lars`, whose trust ratio takes it in. `layers` are the depths of the variables and the
+    share of the learning rate that one layer has of the next. Where layers compute in float16 it is a
+    `LossScaleOptimizer`, which takes gradients of a loss that it has scaled.
     """
     import keras
 
@@ -74,13 +46,16 @@ def build_optimizer(
 
     classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
     chosen = Lars if kind == "lars" else classes[kind]
-    settings: dict[str, Any] = {} if kind == "lars" else {"weight_decay": weight_decay or None}
+    decays = not (isinstance(weight_decay, float) and weight_decay == 0)
+    settings: dict[str, Any] = {} if kind == "lars" else {"weight_decay": weight_decay if decays else None}
     if kind == "sgd":
         settings |= {"momentum": momentum, "nesterov": momentum > 0}
     if kind == "lars":
         settings |= {"momentum": momentum, "decay": weight_decay}
-    optimizer: keras.optimizers.Optimizer = (layerwise(chosen, shares) if shares else chosen)(learning_rate, **settings)
-    if settings.get("weight_decay"):
+    optimizer: keras.optimizers.Optimizer = (layerwise(chosen, *layers) if layers else chosen)(
+        learning_rate, **settings
+    )
+    if settings.get("weight_decay") is not None:
         optimizer.exclude_from_weight_decay(var_names=NOT_DECAYED)
     if keras.config.dtype_policy().compute_dtype == "float16":
         return keras.optimizers.LossScaleOptimizer(optimizer)

@@ -1,47 +1,56 @@
-"""Learning-rate schedules that Keras lacks."""
+"""Learning rates by step, float32 [step], and the schedule by which a compiled step reads them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
+
+Rates = NDArray[np.float32]
+
+ONE_CYCLE_RISE, ONE_CYCLE_START = 0.3, 1 / 25
+"""Share of the steps in which one-cycle rises, and where it begins, of the peak (fast.ai's figures)."""
 
 
-class Remedied(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule that is lowered by a factor from some step on, and rises to that anew; as often as `remedies` tell."""
+def learning_rates(kind: str, peak: float, steps: int, warmup_steps: int) -> Rates:
+    """Linear warm-up from zero to `peak`, then `cosine` or `linear` to zero after the last step, or `constant`.
 
-    def __init__(
-        self, schedule: keras.optimizers.schedules.LearningRateSchedule, remedies: list[tuple[int, float, int]]
-    ) -> None:
-        """`remedies` are (first step, factor, warm-up steps)."""
+    `one_cycle` (Smith & Topin 2018) has a rise of its own instead of the warm-up and falls by a cosine.
+    """
+    rise, begin = min(warmup_steps, steps - 1), 0.0
+    if kind == "one_cycle":
+        rise, begin = max(1, round(ONE_CYCLE_RISE * steps)), ONE_CYCLE_START
+    step = np.arange(steps)
+    progress = np.clip((step - rise) / max(1, steps - rise), 0, 1)
+    fall = {"constant": np.ones(steps), "linear": 1 - progress}.get(kind, (1 + np.cos(np.pi * progress)) / 2)
+    return (peak * np.where(step < rise, begin + (1 - begin) * step / max(1, rise), fall)).astype(np.float32)
+
+
+def remedied(rates: Rates, remedies: Sequence[tuple[int, float, int]]) -> Rates:
+    """Rates that are lowered by a factor from some step on, and rise to that anew; once a remedy.
+
+    `remedies` are (first step, factor, warm-up steps).
+    """
+    for first, factor, warmup_steps in remedies:
+        since = np.arange(len(rates)) - first + 1
+        risen = np.minimum(since / max(1, warmup_steps), 1)
+        rates = np.where(since > 0, factor * risen, 1).astype(np.float32) * rates
+    return rates
+
+
+class Tabulated(keras.optimizers.schedules.LearningRateSchedule):
+    """The rate of a step from a table; after its end, the last one."""
+
+    def __init__(self, rates: Rates) -> None:
         super().__init__()
-        self._schedule, self._remedies = schedule, remedies
+        self._rates = rates
 
     def __call__(self, step: Any) -> tf.Tensor:
         """The rate of a step, float32."""
-        rate, step = self._schedule(step), tf.cast(step, tf.float32)
-        for first, factor, warmup_steps in self._remedies:
-            risen = tf.minimum((step - first + 1) / max(1, warmup_steps), 1.0)
-            rate *= tf.where(step >= first, factor * risen, 1.0)
-        return rate
+        return tf.gather(self._rates, tf.minimum(tf.cast(step, tf.int32), len(self._rates) - 1))
 
     def get_config(self) -> dict[str, Any]:
         """What Keras makes one anew from."""
-        return {"schedule": keras.optimizers.schedules.serialize(self._schedule), "remedies": self._remedies}
-
-
-class WarmedUp(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear rise from zero to where `after` begins, then `after`, whose step 0 is the end of the rise."""
-
-    def __init__(self, warmup_steps: int, after: keras.optimizers.schedules.LearningRateSchedule) -> None:
-        super().__init__()
-        self._warmup_steps, self._after = warmup_steps, after
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        """The rate of a step, float32."""
-        step = tf.cast(step, tf.float32)
-        risen = tf.minimum(step / self._warmup_steps, 1.0) if self._warmup_steps else 1.0
-        return risen * self._after(tf.maximum(step - self._warmup_steps, 0.0))
-
-    def get_config(self) -> dict[str, Any]:
-        """What Keras makes one anew from."""
-        return {"warmup_steps": self._warmup_steps, "after": keras.optimizers.schedules.serialize(self._after)}
+        return {"rates": self._rates.tolist()}

@@ -28,9 +28,9 @@ from jobs.training.checkpointing import Checkpointing
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
-from jobs.training.optimizer import build_optimizer, build_schedule, scaled_rate
+from jobs.training.optimizer import build_optimizer, scaled_rate
 from jobs.training.probing import Networks, Probe
-from jobs.training.schedule import Remedied
+from jobs.training.schedule import Tabulated, learning_rates, remedied
 from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
 
 TELL_EVERY_S = 0.5
@@ -91,10 +91,8 @@ class _Worker:
         self.order = training_order(self.dataset, assignment.data, assignment.seed, config.global_batch_size)
         self.total_steps = total_steps(self.order, config)
         self.strategy = make_strategy()
-        self.schedule = Remedied(
-            build_schedule(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps),
-            assignment.remedies,
-        )
+        rates = learning_rates(config.schedule, scaled_rate(config), self.total_steps, config.warmup_steps)
+        self.rates = remedied(rates, assignment.remedies)
         # An exchange wants a tensor that lies on a device; what a function is given lies on none.
         self._everyone = tf.function(lambda own: self.strategy.run(lambda v: gather(tf.identity(v)), args=(own,)))
         self.backbone = build_backbone(assignment.model, assignment.data.image_size, assignment.seed)
@@ -103,7 +101,7 @@ class _Worker:
             load_initial(self.backbone, config.initial)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
-        self.optimizer = build_optimizer(config.optimizer, self.schedule, config.weight_decay, config.momentum)
+        self.optimizer = build_optimizer(config.optimizer, Tabulated(self.rates), config.weight_decay, config.momentum)
         self.optimizer.build(variables)
         self.train_step = make_step(
             self.strategy,
@@ -194,7 +192,7 @@ class _Worker:
                 return
             metrics = {
                 **_means(figures, since),
-                "learning_rate": float(self.schedule(self.step - 1)),
+                "learning_rate": float(self.rates[self.step - 1]),
                 **probed,
                 **data,
             }

@@ -10,10 +10,17 @@ STEPS, WARMUP, PEAK = 100, 10, 0.5
 
 
 def _rates(kind: str, warmup: int) -> list[float]:
-    from jobs.training.optimizer import build_schedule
+    from jobs.training.schedule import learning_rates
 
-    schedule = build_schedule(kind, PEAK, STEPS, warmup)
-    return [float(schedule(step)) for step in range(STEPS + 1)]
+    return learning_rates(kind, PEAK, STEPS, warmup).tolist()
+
+
+def _read() -> list[float]:
+    """What an optimizer reads in steps 0, 19, 20, 24, 29 and after the last, of rates that were remedied at 20."""
+    from jobs.training.schedule import Tabulated, learning_rates, remedied
+
+    schedule = Tabulated(remedied(learning_rates("constant", PEAK, 30, 0), [(20, 0.5, 10), (25, 0.5, 0)]))
+    return [float(schedule(step)) for step in (0, 19, 20, 24, 29, 99)]
 
 
 @pytest.mark.parametrize("warmup", [0, WARMUP])
@@ -28,12 +35,18 @@ def test_rates_rise_to_the_peak_and_fall_as_the_schedule_says(ray_cluster: None,
     assert {kind: rates[kind][half] / PEAK for kind in kinds[:3]} == pytest.approx(
         {"constant": 1.0, "linear": 0.5, "cosine": 0.5}
     )
-    assert {kind: rates[kind][STEPS] / PEAK for kind in kinds} == pytest.approx(
-        {"constant": 1.0, "linear": 0.0, "cosine": 0.0, "one_cycle": 0.0}, abs=1e-6
+    # The step after the last would have none left.
+    assert {kind: rates[kind][-1] / PEAK for kind in kinds} == pytest.approx(
+        {"constant": 1.0, "linear": 0.0, "cosine": 0.0, "one_cycle": 0.0}, abs=0.012
     )
     assert max(rates["one_cycle"]) == pytest.approx(PEAK)
     assert rates["one_cycle"].index(max(rates["one_cycle"])) == 30
     assert rates["one_cycle"][0] == pytest.approx(PEAK / 25)
+
+
+def test_a_remedy_lowers_what_is_left_and_rises_to_it(ray_cluster: None) -> None:
+    read = ray.get(ray.remote(num_cpus=0.5)(_read).remote())
+    assert read == pytest.approx([PEAK, PEAK, PEAK * 0.05, PEAK * 0.25, PEAK * 0.25, PEAK * 0.25])
 
 
 def test_the_rate_grows_with_the_batch_where_the_recipe_says_what_it_was_meant_for() -> None:

@@ -74,8 +74,8 @@ def _follow() -> dict[str, Any]:
     average = Average([network], decay=0.5)
     found: dict[str, Any] = {"weights": [network.get_weights()], "average": []}
     for kind in ("sgd", "adamw", "lars", "lamb"):
-        shares = list(zip(network.trainable_variables, (0.25, 1.0), strict=True))
-        optimizer = build_optimizer(kind, 0.1, weight_decay=0.1, shares=shares)
+        depths = list(zip(network.trainable_variables, (2, 0), strict=True))
+        optimizer = build_optimizer(kind, 0.1, weight_decay=0.1, layers=(depths, tf.Variable(0.5)))
         optimizer.build(network.trainable_variables)
         for variable in network.trainable_variables:
             variable.assign([[1.0, 2.0], [3.0, 4.0]])
