@@ -118,7 +118,10 @@ def _retrain(
     set_up_tensorflow(threads, gpus)
     training, test = ray.get(shared[0])
     start = Start(**task["start"])
-    classifier = Finetuner(start).finetune(training, task["config"], epochs=task["epochs"])
+    finetuner = Finetuner(start)
+    for _ in finetuner.train(training, task["config"], epochs=task["epochs"]):
+        pass
+    classifier = finetuner.classifier
     predicted = classifier.probabilities(test.images).argmax(axis=1)
     confusion = np.zeros((start.classes, start.classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)

@@ -147,19 +147,18 @@ def _trial(
     from ray import tune
 
     from jobs.training.device import set_up_tensorflow
-    from jobs.training.finetune import Classifier, Finetuner
+    from jobs.training.finetune import Finetuner
 
     set_up_tensorflow(threads, gpus)
     start, labelled, validation = ray.get(shared[0])
     number = tune.get_context().get_trial_id()
 
-    def report(epoch: int, loss: float, classifier: Classifier) -> None:
-        probabilities = classifier.probabilities(validation.images)
+    finetuner = Finetuner(start)
+    for epoch, loss in finetuner.train(labelled, base.model_copy(update=configuration)):
+        probabilities = finetuner.classifier.probabilities(validation.images)
         accuracy = float((probabilities.argmax(axis=1) == validation.labels).mean())
         events.put.remote({"trial": number, "epoch": epoch, "accuracy": accuracy})
         tune.report({METRIC: accuracy, "loss": loss, "epoch": epoch})
-
-    Finetuner(start).finetune(labelled, base.model_copy(update=configuration), report)
 
 
 class _TrialTable:

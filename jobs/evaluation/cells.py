@@ -129,15 +129,11 @@ def _finetune(cell: Finetuning, labelled: LabelledImages, material: Material, te
         seed=cell.seed,
         weights=material.weights if cell.arm == "pretrained" else None,
     )
-    epoch_images = len(labelled.labels)
-    classifier = Finetuner(start).finetune(
-        labelled,
-        cell.config,
-        on_epoch=lambda epoch, _loss, _classifier: tell(min(1.0, epoch * epoch_images / cell.cost)),
-        steps=cell.steps,
-    )
+    finetuner = Finetuner(start)
+    for epoch, _ in finetuner.train(labelled, cell.config, steps=cell.steps):
+        tell(min(1.0, epoch * len(labelled.labels) / cell.cost))
     right = {
-        name: classifier.probabilities(images.images).argmax(axis=1) == images.labels
+        name: finetuner.classifier.probabilities(images.images).argmax(axis=1) == images.labels
         for name, images in (("validation", material.validation), ("test", material.test))
     }
     return {"validation": float(right["validation"].mean()), "right": {"finetune": pack(right["test"])}}

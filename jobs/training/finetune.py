@@ -3,7 +3,7 @@
 Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,15 @@ def apply(compiled: "Answer", images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A training between two epochs."""
+
+    epochs: int
+    arrays: Arrays
+    """Of backbone, head and optimizer."""
+
+
+@dataclass(frozen=True)
 class _Step:
     """What is compiled for some number of frozen stages."""
 
@@ -109,23 +118,30 @@ class Finetuner:
         head = keras.Sequential([keras.Input((backbone.output_shape[-1],)), dense], name="head")
         answer = tf.function(lambda x: tf.nn.softmax(head(backbone(x, training=False), training=False)))
         self._classifier = Classifier(backbone, head, answer)
-        self._initial = [model.get_weights() for model in (backbone, head)]
+        self._initial = [*backbone.get_weights(), *head.get_weights()]
         self._weight_decay, self._layer_decay, self._dropout = (tf.Variable(0.0, trainable=False) for _ in range(3))
         self._steps: dict[int, _Step] = {}
+        self._position: tuple[int, _Step]
 
-    def finetune(
+    @property
+    def classifier(self) -> Classifier:
+        """What has become of the model so far."""
+        return self._classifier
+
+    def train(
         self,
         data: LabelledImages,
         config: FinetuneConfig,
-        on_epoch: Callable[[int, float, Classifier], None] | None = None,
         epochs: int | None = None,
         steps: int | None = None,
-    ) -> Classifier:
-        """Train backbone and head; `on_epoch(epoch, loss, classifier)` is called after each epoch.
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, float]]:
+        """Train backbone and head; yields (epoch, mean loss) after each epoch, and goes on when it is asked for more.
 
         The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best
         after some epochs is retrained with the very rates it was found with. With `steps` it is laid out for so many
-        optimizer steps, whatever `config.epochs` says, and the last epoch ends with them.
+        optimizer steps, whatever `config.epochs` says, and the last epoch ends with them. It goes on from `progress`
+        of a training with the same settings.
         """
         from jobs.training.schedule import learning_rates
 
@@ -137,17 +153,27 @@ class Finetuner:
         rates = learning_rates("cosine", config.learning_rate, total, warmup)
         last = total if epochs is None else min(total, epochs * epoch_steps)
         step = self._begin(config)
+        if progress is not None:
+            for variable, value in zip(self._variables(step), progress.arrays, strict=True):
+                variable.assign(value)
         augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
-        for epoch, done in enumerate(range(0, last, epoch_steps)):
+        for epoch in range(progress.epochs if progress else 0, -(-last // epoch_steps)):
             order = np.random.default_rng([self._start.seed, epoch]).permutation(len(data.labels))
-            count, summed = min(epoch_steps, last - done), 0.0
-            for number in range(count):
-                rows = order[number * batch : (number + 1) * batch]
-                step.optimizer.learning_rate = rates[done + number]
+            numbers, summed = range(epoch * epoch_steps, min((epoch + 1) * epoch_steps, last)), 0.0
+            for place, number in enumerate(numbers):
+                rows = order[place * batch : (place + 1) * batch]
+                step.optimizer.learning_rate = rates[number]
                 summed += float(step.run(*self._batch(data, rows, augment, epoch, config.label_smoothing)).numpy()[0])
-            if on_epoch is not None:
-                on_epoch(epoch + 1, summed / count, self._classifier)
-        return self._classifier
+            self._position = epoch + 1, step
+            yield epoch + 1, summed / len(numbers)
+
+    def progress(self) -> Progress:
+        """What a training that is between two epochs can be gone on from."""
+        epochs, step = self._position
+        return Progress(epochs, [variable.numpy() for variable in self._variables(step)])
+
+    def _variables(self, step: _Step) -> list[Any]:
+        return [*self._classifier.backbone.weights, *self._classifier.head.weights, *step.optimizer.variables]
 
     def _begin(self, config: FinetuneConfig) -> _Step:
         """The step of a training whose weights are the initial ones again."""
@@ -156,9 +182,7 @@ class Finetuner:
         step = self._steps.get(config.unfrozen_stages)
         if step is None:
             step = self._steps[config.unfrozen_stages] = self._compile(config.unfrozen_stages)
-        for model, weights in zip((classifier.backbone, classifier.head), self._initial, strict=True):
-            model.set_weights(weights)
-        for variable, value in zip(step.optimizer.variables, step.untouched, strict=True):
+        for variable, value in zip(self._variables(step), [*self._initial, *step.untouched], strict=True):
             variable.assign(value)
         self._weight_decay.assign(config.weight_decay)
         self._layer_decay.assign(config.layer_decay)
