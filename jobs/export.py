@@ -16,7 +16,7 @@ from cluster.run import Run, new_directory
 from jobs.bundle import Bundle, complete_manifest
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
-from jobs.evaluation.verdict import evaluation_of, lacks_gain, no_verdict, own_verdict, sentence
+from jobs.evaluation.verdict import evaluation_of, lacks_gain, no_verdict, notes_on, own_verdict, sentence
 from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
 from jobs.registry import ModelVersion, Registry
@@ -59,7 +59,11 @@ def run_stage(run: Run) -> dict[str, Any]:
     tested = {name: ray.get(reference) for name, reference in waiting.items()}
     accuracy = tested["tune"]["accuracy"]
     evaluation, comparison = evaluation_of(run, searches["tune"]["initial"]), _compare(run, tested)
-    entries = {"evaluation": comparison if evaluation is None else evaluation["verdict"] | _details(evaluation)}
+    notes = _notes(config, searches["tune"]["initial"])
+    if evaluation is None:
+        entries = {"evaluation": comparison | {"notes": notes}}
+    else:
+        entries = {"evaluation": evaluation["verdict"] | {name: evaluation[name] for name in ("fractions", "notes")}}
     bundle = complete_manifest(directory, entries)
     version = registry.register(run.recipe.name, bundle, _tags(bundle))
     kept_back = _kept_back(config, accuracy, champion, lacks_gain(evaluation and evaluation["verdict"], comparison))
@@ -135,15 +139,18 @@ def _retrain(
 
 def _compare(run: Run, tested: dict[str, Any]) -> dict[str, Any]:
     """The verdict on the two winners that were just tested."""
-    if "baseline" not in tested:
-        return no_verdict("no search from scratch was made (tune.baseline is false)")
     fraction = run.recipe.section(FinetuneConfig).labels_fraction
+    if "baseline" not in tested:
+        return no_verdict("no search from scratch was made (tune.baseline is false)", fraction)
     return own_verdict(tested["tune"]["right"], tested["baseline"]["right"], fraction)
 
 
-def _details(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest holds of an evaluation beside its verdict."""
-    return {name: evaluation[name] for name in ("fractions", "notes")}
+def _notes(config: ExportConfig, initial: str) -> list[str]:
+    """What a share of the labels does not tell in export's own comparison."""
+    notes = [] if initial == "scratch" else notes_on(Checkpoint.open(initial).state.method)
+    if config.retrain_on == "train+validation":
+        notes.append("export.retrain_on is train+validation: both models saw all labels of the validation split, too")
+    return notes
 
 
 def _kept_back(
@@ -154,10 +161,13 @@ def _kept_back(
         return "export.promote is never"
     if config.require_gain and no_gain is not None:
         return f"pre-training has not beaten scratch: {no_gain}; export.require_gain=false promotes it all the same"
-    if champion is None:
+    if champion is None or config.promote == "always":
         return None
     if champion["accuracy"] is None:
-        return f"it cannot be compared with version {champion['version']}: {champion['reason']}"
+        return (
+            f"it cannot be compared with version {champion['version']}: {champion['reason']}; export.promote=always "
+            "puts it in that one's place"
+        )
     if accuracy <= champion["accuracy"]:
         return f"version {champion['version']} has {champion['accuracy']:.1%} on this test split"
     return None
@@ -199,6 +209,7 @@ def _evaluate_bundle(bundle: Bundle, shared: list[Any], threads: int, gpus: floa
 
 def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
     """The trail from a bundle back to the images: everything that made it, by name or digest."""
+    initial = search["initial"]
     return {
         "name": run.recipe.name,
         "classes": dataset.classes,
@@ -209,8 +220,8 @@ def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, An
             "code_digest": code_digest(),
             "dataset": str(dataset.directory),
             "dataset_fingerprint": dataset.fingerprint,
-            "checkpoint": search["initial"],
-            "pretrain_weights_sha256": (run.result("pretrain") or {}).get("weights_sha256"),
+            "checkpoint": initial,
+            "pretrain_weights_sha256": None if initial == "scratch" else Checkpoint.open(initial).state.weights_sha256,
             "study": search["study_name"],
             "trial": search["best"]["number"],
             "config": search["best"]["config"],
@@ -246,12 +257,14 @@ def _say(
     scratch = f", from scratch {tested['baseline']['accuracy']:.1%}" if "baseline" in tested else ""
     run.progress.say(f"  test accuracy {tested['tune']['accuracy']:.1%}{scratch}")
     run.progress.say(f"  {sentence(verdict)}")
+    for note in verdict["notes"]:
+        run.progress.say(f"  {note}")
     if champion is not None and champion["accuracy"] is not None and not champion["same_data"]:
         run.progress.say(
             f"  version {champion['version']} was trained on another data set, which may hold some of these test images"
         )
     if kept_back is None:
-        why = "the first of its name" if champion is None else f"beats version {champion['version']}"
-        run.progress.say(f"  registered as {run.recipe.name} version {version}: champion, {why}")
+        place = "the first of its name" if champion is None else f"in place of version {champion['version']}"
+        run.progress.say(f"  registered as {run.recipe.name} version {version}: champion, {place}")
     else:
         run.progress.say(f"  registered as {run.recipe.name} version {version}: candidate, not champion: {kept_back}")

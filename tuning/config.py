@@ -7,6 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from cluster.schema import Section
 from jobs.training.config import FinetuneConfig
 
+OF_PRETRAINED = {"unfrozen_stages": -1, "layer_decay": 1.0}
+"""Settings that spare pre-trained layers, and what they are where training starts from random weights."""
+
 
 class Dimension(Section):
     """One searched hyperparameter: a range (`low`, `high`, `log`) or `choices`."""
@@ -73,8 +76,10 @@ class TuneConfig(Section):
 
         from cluster.schema import nearest
 
-        if not self.space.keys() - {"unfrozen_stages"}:
-            raise ValueError("space must hold a setting besides unfrozen_stages, which the baseline does not search")
+        if not self.space.keys() - OF_PRETRAINED.keys():
+            raise ValueError(
+                f"space must hold a setting besides {' and '.join(OF_PRETRAINED)}, which the baseline does not search"
+            )
         searchable = [
             name for name in FinetuneConfig.model_fields if name not in ("augment", "labels_fraction", "epochs")
         ]

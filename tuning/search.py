@@ -24,7 +24,7 @@ from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import FinetuneConfig
-from tuning.config import TuneConfig
+from tuning.config import OF_PRETRAINED, TuneConfig
 
 METRIC = "accuracy"
 
@@ -45,7 +45,7 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def run_baseline_stage(run: Run) -> dict[str, Any]:
-    """The same search from random weights, where every layer is always trained."""
+    """The same search from random weights, where every layer is always trained, and at one rate."""
     return _search(run, "baseline", None)
 
 
@@ -66,9 +66,9 @@ def _search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, An
         seed=run.recipe.seed,
         weights=checkpoint.read("backbone") if checkpoint else None,
     )
-    space = {k: d for k, d in config.space.items() if checkpoint is not None or k != "unfrozen_stages"}
+    space = {k: d for k, d in config.space.items() if checkpoint is not None or k not in OF_PRETRAINED}
     if checkpoint is None:
-        base = base.model_copy(update={"unfrozen_stages": -1})
+        base = base.model_copy(update=OF_PRETRAINED)
     labelled, validation = labelled_subset(run), held_out(run, "validation")
     run.progress.say(
         f"  {config.trials} trials of up to {base.epochs} epochs on {len(labelled.labels):,} labelled images"

@@ -14,7 +14,7 @@ from jobs.data.dataset import Dataset
 from jobs.evaluation.cells import ARMS, METHODS, Arm, Cell, Finetuning, Probing, cell_key, unpack
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.statistics import Right
-from jobs.evaluation.verdict import compare, overall
+from jobs.evaluation.verdict import compare, notes_on, overall
 from jobs.labelled import labelled_rows
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, Checkpoint
@@ -116,7 +116,9 @@ class Protocol:
     def _finetuning(self, fraction: float, arm: Arm, seed: int, rate: float) -> Finetuning:
         images = len(self._rows[fraction, seed])
         steps = self.config.budget(images, self._finetune.global_batch_size)
-        settings = self._finetune.model_copy(update={"learning_rate": rate})
+        # Layers of random weights are all as far from where they should be.
+        decay = 1.0 if arm == "scratch" else self._finetune.layer_decay
+        settings = self._finetune.model_copy(update={"learning_rate": rate, "layer_decay": decay})
         return Finetuning(arm, fraction, seed, settings, steps, images)
 
     def _probing(self, fraction: float, arm: Arm, seed: int) -> Probing:
@@ -139,12 +141,6 @@ class Protocol:
         verdict = overall(fractions, self._finetune.labels_fraction)
         verdict["test_images"] = self._test_images
         method = self._pretrained["method"]
-        notes = []
-        if method == "supervised":
-            notes.append(
-                "pretrain.method is supervised: pre-training has seen the labels of the whole training split, so that "
-                "a share of the labels is a share only for the start from scratch"
-            )
         return {
             "run": self.run.name,
             "checkpoint": self._pretrained["checkpoint"],
@@ -156,7 +152,7 @@ class Protocol:
             "config": self.config.model_dump(),
             "fractions": fractions,
             "verdict": verdict,
-            "notes": notes,
+            "notes": notes_on(method),
         }
 
     def _compared(self, fraction: float) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from jobs.evaluation.cells import Arm
 from jobs.evaluation.statistics import Right, difference, estimate
 
 FILE = "evaluation.json"
+NEAR = 2.0
+"""An evaluation speaks of a model that saw at most so many times as many labels, or so many times fewer."""
 
 
 def compare(right: Mapping[Arm, Sequence[Right]]) -> dict[str, Any]:
@@ -56,9 +58,9 @@ def own_verdict(pretrained: Right, scratch: Right, fraction: float) -> dict[str,
     return _verdict("export", compare({"pretrained": [pretrained], "scratch": [scratch]}), fraction)
 
 
-def no_verdict(reason: str) -> dict[str, Any]:
-    """Where nothing was compared."""
-    return {"source": None, "verdict": "not compared", "reason": reason}
+def no_verdict(reason: str, fraction: float) -> dict[str, Any]:
+    """Where nothing was compared; the model saw this share of the labels."""
+    return {"source": None, "verdict": "not compared", "reason": reason, "labels_fraction": fraction}
 
 
 def _verdict(source: str, compared: Mapping[str, Any], fraction: float) -> dict[str, Any]:
@@ -70,6 +72,16 @@ def _verdict(source: str, compared: Mapping[str, Any], fraction: float) -> dict[
         "accuracy_pretrained": compared["pretrained"]["accuracy"],
         "accuracy_scratch": compared["scratch"]["accuracy"],
     }
+
+
+def notes_on(method: str) -> list[str]:
+    """What a share of the labels does not tell of a start that this method has pre-trained."""
+    if method != "supervised":
+        return []
+    return [
+        "pretrain.method is supervised: pre-training has seen the labels of the whole training split, so that a share "
+        "of the labels is a share only for the start from scratch"
+    ]
 
 
 def read_evaluation(run: Run) -> dict[str, Any] | None:
@@ -87,11 +99,16 @@ def evaluation_of(run: Run, checkpoint: str) -> dict[str, Any] | None:
 def lacks_gain(evaluation: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str | None:
     """Why a model from a pre-trained start has not beaten scratch; None where it has, or where nothing was compared.
 
-    An evaluation of several seeds that shows a difference decides. Where it shows none, and without one, the test
-    figures of the very two models decide, by the point: an interval of one small test split would let no model pass.
+    An evaluation of several seeds, with about as many labels, that shows a difference decides. Where it shows none, and
+    without one, the test figures of the very two models decide, by the point: an interval of one small test split would
+    let no model pass.
     """
     decides = own
-    if evaluation is not None and (evaluation["verdict"] != "no difference shown" or own["source"] is None):
+    if (
+        evaluation is not None
+        and abs(math.log(evaluation["labels_fraction"] / own["labels_fraction"])) <= math.log(NEAR)
+        and (evaluation["verdict"] != "no difference shown" or own["source"] is None)
+    ):
         decides = evaluation
     if decides["source"] is None or decides["difference"] > 0:
         return None

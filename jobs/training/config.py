@@ -179,9 +179,10 @@ class ExportConfig(Section):
     retrain_on: Literal["train", "train+validation"] = "train"
     """What the winner is trained on once more before it is tested once on the test split: the labelled subset, or with
     the whole validation split, which may hold more labels than the subset."""
-    promote: Literal["if_better", "never"] = "if_better"
-    """`if_better`: the candidate becomes champion where it beats the present one on the test split."""
+    promote: Literal["if_better", "always", "never"] = "if_better"
+    """`if_better`: the candidate becomes champion where it beats the present one on the test split; `always`: whatever
+    the present one does there, for one that can no longer be compared."""
     require_gain: bool = True
-    """A model that has not beaten scratch stays a candidate. `helio evaluate` decides where it has shown a difference,
-    otherwise the two winners' accuracy on the test split (`tune.baseline`); where nothing was compared, nothing is held
-    against the model."""
+    """A model that has not beaten scratch stays a candidate. `helio evaluate` decides where it has shown a difference
+    with about as many labels (half to twice), otherwise the two winners' accuracy on the test split (`tune.baseline`);
+    where nothing was compared, nothing is held against the model."""

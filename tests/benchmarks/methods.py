@@ -103,7 +103,7 @@ def _collapse(source: Path, profile: Any) -> dict[str, Any]:
     caught: dict[str, list[int]] = {}
     for title, (name, settings) in COLLAPSES.items():
         for seed in range(SEEDS):
-            told = _pretrain(source, profile, seed, name, [*settings, "pretrain.sentinel.remedies=0"])
+            told = _pretrain(source, profile, seed, name, settings)
             step = re.search(r"collapsed at step ([\d,]+)", told) if isinstance(told, str) else None
             steps = -(-9_000 // 256)
             epochs = -1 if step is None else round(int(step[1].replace(",", "")) / steps)
@@ -127,6 +127,8 @@ def _pretrain(source: Path, profile: Any, seed: int, method: str, settings: list
         f"pretrain.method={method}",
         f"pretrain.epochs={EPOCHS}",
         "pretrain.warmup_steps=20",
+        # The first alarm ends a run: a remedy would hide it.
+        "pretrain.sentinel.remedies=0",
         *METHODS[method],
         *settings,
     ]

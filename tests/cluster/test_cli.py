@@ -163,7 +163,7 @@ MISTAKES = {
     "a recipe for a run that has one": (["--resume", "yesterday"], "a run keeps its recipe: --resume takes none"),
     "a split folder among classes": (["data.source=mixed"], "has folders for splits (train) and beside them meta"),
     "storage that is a file": (["profile.storage=mine.yaml"], "profile.storage 'mine.yaml' cannot be written: "),
-    "an empty search space": (["tune.space={}"], "must hold a setting besides unfrozen_stages"),
+    "an empty search space": (["tune.space={}"], "must hold a setting besides unfrozen_stages and layer_decay"),
     "a date that is none": (["data.source=2024-13-01"], "is not valid YAML"),
     "a section that is none": (["pretrain=false"], "pretrain: input should be a valid dictionary"),
     "one and a half GPUs": (["profile.trials.gpus_per_trial=1.5"], "more than one GPU must be a whole number, got 1.5"),

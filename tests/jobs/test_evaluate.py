@@ -38,7 +38,7 @@ TINY = (
     "data.image_size=16",
     "model.width=8",
     "model.stages=1",
-    "finetune.labels_fraction=0.2",
+    "finetune.labels_fraction=0.6",
     "finetune.global_batch_size=32",
     "finetune.learning_rate=1e-2",
     "finetune.augment={crop_min_area: 1.0, horizontal_flip: 0.0, color_jitter: 0.0, grayscale: 0.0}",
@@ -150,6 +150,10 @@ def test_both_starts_get_the_same_images_orders_and_steps(dead_run: Run, evaluat
     for cell in tried:
         arms[cell.arm].add((cell.fraction, cell.seed, cell.steps, str(cell.config), protocol.rows_of(cell).tobytes()))
     assert arms["pretrained"] == arms["scratch"]
+    recipe = load_recipe("quickstart", [*TINY, "finetune.layer_decay=0.5"])
+    spared = Protocol(Run(recipe, dead_run.profile, dead_run.directory, dead_run.progress)).pending()
+    decays = {(cell.arm, cell.config.layer_decay) for cell in spared if isinstance(cell, Finetuning)}
+    assert decays == {("pretrained", 0.5)}
     assert len(arms["scratch"]) == 4
     labels = protocol.dataset.labels("train")
     for cell in tried:
@@ -211,17 +215,18 @@ def test_what_is_worse_than_scratch_stays_a_candidate_unless_told_otherwise(
         shutil.rmtree(path)
 
 
-def verdict(source: str, word: str, gain: float) -> dict[str, Any]:
+def verdict(source: str, word: str, gain: float, fraction: float = 0.1) -> dict[str, Any]:
     return {
         "source": source,
         "verdict": word,
+        "labels_fraction": fraction,
         "difference": gain,
         "accuracy_pretrained": 0.5 + gain,
         "accuracy_scratch": 0.5,
     }
 
 
-NOTHING = no_verdict("no search from scratch was made")
+NOTHING = no_verdict("no search from scratch was made", 0.1)
 WINS, LOSES = verdict("export", "no difference shown", 0.01), verdict("export", "no difference shown", -0.01)
 
 
@@ -238,6 +243,11 @@ WINS, LOSES = verdict("export", "no difference shown", 0.01), verdict("export", 
         (verdict("helio evaluate", "no difference shown", -0.05), WINS, False),
         (verdict("helio evaluate", "no difference shown", 0.05), LOSES, True),
         (verdict("helio evaluate", "no difference shown", -0.05), NOTHING, True),
+        # What it has shown with other shares of the labels says nothing of these models.
+        (verdict("helio evaluate", "better", 0.05, fraction=0.01), LOSES, True),
+        (verdict("helio evaluate", "worse", -0.05, fraction=1.0), WINS, False),
+        (verdict("helio evaluate", "worse", -0.05, fraction=1.0), NOTHING, False),
+        (verdict("helio evaluate", "worse", -0.05, fraction=0.05), WINS, True),
     ],
 )
 def test_who_decides_whether_scratch_was_beaten(evaluation: Any, own: Any, refused: bool) -> None:
