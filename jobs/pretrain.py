@@ -33,6 +33,9 @@ from jobs.training.keeper import CheckpointStore
 Remedy = tuple[int, float, int]
 """First step, factor of the learning rate, and warm-up steps of a time that training went back."""
 
+LEAST_WATCHED = 10
+"""Validation images below which spread and rank of their features mean nothing."""
+
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
     """The workers must share the global batch evenly, and method, model and images fit. Raises HelioError."""
@@ -74,6 +77,11 @@ def run_stage(run: Run) -> dict[str, Any]:
         raise DataError(
             f"pretrain.method=supervised needs one label for each image, the data set is {dataset.manifest['task']}: "
             "name the labels (data.label_column), or take a method that needs none"
+        )
+    if dataset.count("validation") < LEAST_WATCHED:
+        raise DataError(
+            f"pre-training is watched on the validation split, which must hold {LEAST_WATCHED} images, got "
+            f"{dataset.count('validation')}: raise data.validation_fraction, or bring more images"
         )
     labelled = all((dataset.labels(split) >= 0).any() for split in ("train", "validation"))
     if config.keep_best == "knn_accuracy" and not labelled:

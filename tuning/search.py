@@ -7,6 +7,7 @@ All trials read one decoded copy of the labelled images in Ray's object store. T
 same number of trials and epochs, from random weights.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def _trial(
 
     finetuner = Finetuner(start)
     for epoch, loss in finetuner.train(labelled, base.model_copy(update=configuration)):
+        if math.isnan(loss):
+            raise HelioError(f"not one step of epoch {epoch} had a finite gradient")
         probabilities = finetuner.classifier.probabilities(validation.images)
         accuracy = float((probabilities.argmax(axis=1) == validation.labels).mean())
         events.put.remote({"trial": number, "epoch": epoch, "accuracy": accuracy})

@@ -1,5 +1,7 @@
 """Does pre-training work? Figures of frozen features, float32 [n, dimension] each."""
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,8 +51,10 @@ def knn_right(
 def effective_rank(features: Features) -> float:
     """RankMe (Garrido, Balestriero, Najman, LeCun 2023, equations 1 and 2): 1 to the smaller of n and dimension.
 
-    exp(-sum p log p) of the singular values as shares of their sum.
+    exp(-sum p log p) of the singular values as shares of their sum. NaN where a feature is no number.
     """
+    if not np.isfinite(features).all():
+        return math.nan
     values = np.linalg.svd(features.astype(np.float64), compute_uv=False)
     shares = values / max(values.sum(), 1e-300) + 1e-7
     return float(np.exp(-np.sum(shares * np.log(shares))))

@@ -4,6 +4,7 @@ A collapse shows in the projections, which the loss compares, long before it sho
 thresholds were set by runs of every method, healthy ones and such as were made to collapse: `make bench-methods`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 ALIKE = 0.5
@@ -25,6 +26,8 @@ def collapse_sign(figures: Sequence[Mapping[str, float]], holds_scale: bool) -> 
     `figures` are the probe's of the untrained network and then of each epoch; `holds_scale` is the method's.
     """
     untrained, now = figures[0], figures[-1]
+    if not math.isfinite(now["embedding_spread"]):
+        return "the features are no numbers"
     if now["embedding_spread"] < FLAT_SPREAD:
         return f"all images have nearly the same features: embedding_spread {now['embedding_spread']:.3f}"
     if now["embedding_rank"] < FLAT_RANK < untrained["embedding_rank"]:

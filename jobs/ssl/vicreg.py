@@ -18,12 +18,12 @@ EPSILON = 1e-4
 class VICReg(Method):
     """Two views agree, every dimension varies, and no two dimensions say the same.
 
-    Equation 6: invariance_weight * s(Z, Z') + variance_weight * (v(Z) + v(Z')) + covariance_weight * (c(Z) + c(Z')).
-    v is the mean over the dimensions of max(0, 1 - sqrt(Var(z) + 1e-4)) (equations 1 and 2); c the sum of the squared
-    covariances of different dimensions, divided by the number of dimensions (equation 4). s is the mean squared
-    difference over images and dimensions, as in the authors' code, whose weights (25, 25, 1) are meant for it; equation
-    5 sums over the dimensions. All statistics are of the global batch. The expander has three layers, the first two
-    with batch normalisation (section 4.2).
+    Equation 6: invariance_weight * s(Z, Z') + variance_weight / 2 * (v(Z) + v(Z')) + covariance_weight * (c(Z) + c(Z'))
+    where v is the mean over the dimensions of max(0, 1 - sqrt(Var(z) + 1e-4)) (equations 1 and 2) and c the sum of the
+    squared covariances of different dimensions, divided by the number of dimensions (equation 4). s is the mean squared
+    difference over images and dimensions, and v is halved, as in the authors' code, whose weights (25, 25, 1) are meant
+    for that; equation 5 sums over the dimensions. All statistics are of the global batch. The expander has three
+    layers, the first two with batch normalisation (section 4.2).
     """
 
     holds_scale = True
@@ -43,6 +43,6 @@ class VICReg(Method):
         for z in (first, second):
             moments = covariance(z, z)
             own = tf.linalg.diag_part(moments)
-            value += variance * tf.reduce_mean(tf.nn.relu(TARGET - tf.sqrt(own + EPSILON)))
+            value += variance / 2 * tf.reduce_mean(tf.nn.relu(TARGET - tf.sqrt(own + EPSILON)))
             value += correlation * off_diagonal_energy(moments) / tf.cast(tf.shape(z)[1], z.dtype)
         return value * share

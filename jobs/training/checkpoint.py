@@ -68,7 +68,7 @@ class State:
     training: str
     """Digest of what decides the weights: settings and data set. Training goes on only from a checkpoint of its own."""
     weights_sha256: str
-    """Of backbone and head."""
+    """Of all that is learned: backbone, head, what an average was made of, what the method keeps."""
     begun: Begun | None = None
     """Of the epoch that the step lies in; none at an epoch's end."""
 

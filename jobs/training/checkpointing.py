@@ -10,6 +10,8 @@ from cluster.errors import CheckpointError
 from jobs.training.checkpoint import State, assign, host_copies, weights_hash
 from jobs.training.keeper import CheckpointStore, Keeper
 
+LOSS_SCALE = "loss_scale"
+"""The part that only training in float16 has."""
 NO_CHECKPOINT, NONE_WHOLE = -1, -2
 """What worker 0 tells the others in place of the step to go on from."""
 
@@ -44,7 +46,10 @@ class Checkpointing:
             return None
         checkpoint = self._store.open(step)
         for part, variables in self._parts.items():
-            assign(variables, checkpoint.read(part), part)
+            arrays = checkpoint.read(part)
+            # It begins anew where the precision is another than before.
+            if part != LOSS_SCALE or len(arrays) == len(variables):
+                assign(variables, arrays, part)
         return checkpoint.state
 
     def save(self, describe: Callable[[str], State]) -> None:
@@ -55,7 +60,9 @@ class Checkpointing:
         # Only then are there never more than one copy in memory and one checkpoint to be lost.
         self._keeper.wait()
         parts = {name: host_copies(variables) for name, variables in self._parts.items()}
-        digest = weights_hash([array for name, arrays in parts.items() if name != "optimizer" for array in arrays])
+        digest = weights_hash(
+            [array for name, arrays in parts.items() if name not in ("optimizer", LOSS_SCALE) for array in arrays]
+        )
         words = [int(digest[i : i + 7], 16) for i in range(0, 56, 7)]
         told = self._exchange([*words, int(self._keeper.given_up)])
         state = describe(digest)

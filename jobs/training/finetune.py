@@ -3,6 +3,7 @@
 Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,7 @@ class Finetuner:
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, float]]:
         """Train backbone and head; yields (epoch, mean loss) after each epoch, and goes on when it is asked for more.
+        The loss is NaN where not one step had a finite gradient.
 
         The schedule is laid out for `config.epochs` even where `epochs` ends training sooner: a winner that was best
         after some epochs is retrained with the very rates it was found with. With `steps` it is laid out for so many
@@ -149,7 +151,7 @@ class Finetuner:
         epoch_steps = len(data.labels) // batch
         total = steps or epoch_steps * config.epochs
         # Warm-up takes an epoch, but never most of a training that has few.
-        warmup = epoch_steps if steps is None else min(epoch_steps, steps // 10)
+        warmup = min(epoch_steps, total // 10)
         rates = learning_rates("cosine", config.learning_rate, total, warmup)
         last = total if epochs is None else min(total, epochs * epoch_steps)
         step = self._begin(config)
@@ -159,13 +161,16 @@ class Finetuner:
         augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
         for epoch in range(progress.epochs if progress else 0, -(-last // epoch_steps)):
             order = np.random.default_rng([self._start.seed, epoch]).permutation(len(data.labels))
-            numbers, summed = range(epoch * epoch_steps, min((epoch + 1) * epoch_steps, last)), 0.0
+            numbers, summed, moved = range(epoch * epoch_steps, min((epoch + 1) * epoch_steps, last)), 0.0, 0
             for place, number in enumerate(numbers):
                 rows = order[place * batch : (place + 1) * batch]
                 step.optimizer.learning_rate = rates[number]
-                summed += float(step.run(*self._batch(data, rows, augment, epoch, config.label_smoothing)).numpy()[0])
+                loss, _, skipped = step.run(*self._batch(data, rows, augment, epoch, config.label_smoothing)).numpy()[
+                    :3
+                ]
+                summed, moved = summed + loss, moved + 1 - int(skipped)
             self._position = epoch + 1, step
-            yield epoch + 1, summed / len(numbers)
+            yield epoch + 1, summed / moved if moved else math.nan
 
     def progress(self) -> Progress:
         """What a training that is between two epochs can be gone on from."""

@@ -75,13 +75,14 @@ class CheckpointStore:
         """The whole one with the best figure (see `score`), None where there is none at the end of an epoch."""
         return next(self._whole(self._by_score(self.steps(), metric)), None)
 
-    def retire(self, step: int, keep: int, metric: str | None) -> None:
+    def retire(self, step: int, healthy: int, keep: int, metric: str | None) -> None:
         """Delete what is neither among the `keep` newest up to `step` nor the best of them. Raises OSError.
 
-        Later ones are left: they are of an attempt that was given up, and are replaced once training is there again.
+        The newest up to `healthy`, the last step at which nothing was wrong, is kept for a remedy to go back to. Later
+        ones are left: they are of an attempt that was given up, and are replaced once training is there again.
         """
         steps = [found for found in self.steps() if found <= step]
-        kept = {*steps[:keep], *self._by_score(steps, metric)[:1]}
+        kept = {*steps[:keep], *self._by_score(steps, metric)[:1], *[found for found in steps if found <= healthy][:1]}
         for found in steps:
             if found not in kept:
                 delete(self.path(found))
@@ -166,7 +167,7 @@ class Keeper:
     def _write(self, state: State, parts: Mapping[str, Arrays]) -> None:
         try:
             if self._published(state, parts):
-                self._retire(state.step)
+                self._retire(state)
         except BaseException as error:  # raised in the thread of the steps
             self._failure = error
 
@@ -185,9 +186,10 @@ class Keeper:
         self._lost = 0
         return True
 
-    def _retire(self, step: int) -> None:
+    def _retire(self, state: State) -> None:
+        healthy = int(state.history[-1]["step"]) if state.history else 0
         try:
-            self.store.retire(step, self._keep, self._metric)
+            self.store.retire(state.step, healthy, self._keep, self._metric)
         except OSError as error:
             self._tell(f"  an old checkpoint in {self.store.directory} could not be deleted: {error}")
 

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from jobs.training.optimizer import NOT_DECAYED
+
 TRUST = 1e-3
 """Share of a layer's norm that a step may change it by (eta)."""
 
@@ -12,7 +14,7 @@ TRUST = 1e-3
 class Lars(keras.optimizers.Optimizer):
     """Momentum, with a rate of its own for each layer: TRUST * |w| / |g + decay * w| (equation 6).
 
-    Biases and what normalisation learns are vectors: neither adapted nor decayed, as in SimCLR and Barlow Twins.
+    Biases and what normalisation learns are neither adapted nor decayed, as in SimCLR and Barlow Twins.
     """
 
     def __init__(self, learning_rate: Any, momentum: float = 0.9, decay: float = 0.0, **settings: Any) -> None:
@@ -24,12 +26,15 @@ class Lars(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
+        # Biases of attention have two axes.
+        matrices = [v for v in variables if len(v.shape) > 1 and not any(name in v.path for name in NOT_DECAYED)]
+        self._adapted = {self._var_key(variable) for variable in matrices}
         self._momentums = self.add_optimizer_variables(variables, "momentum")
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """Change a variable by its gradient."""
         rate = ops.cast(learning_rate, variable.dtype)
-        if len(variable.shape) > 1:
+        if self._var_key(variable) in self._adapted:
             gradient = gradient + self._decay * variable
             norms = [ops.sqrt(ops.sum(ops.square(values))) for values in (variable, gradient)]
             measurable = ops.logical_and(norms[0] > 0, norms[1] > 0)

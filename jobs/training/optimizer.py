@@ -47,11 +47,12 @@ def build_optimizer(
     classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
     chosen = Lars if kind == "lars" else classes[kind]
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
-    settings: dict[str, Any] = {} if kind == "lars" else {"weight_decay": weight_decay if decays else None}
+    # AdamW alone takes no None.
+    settings: dict[str, Any] = {"weight_decay": weight_decay if decays or kind == "adamw" else None}
     if kind == "sgd":
         settings |= {"momentum": momentum, "nesterov": momentum > 0}
     if kind == "lars":
-        settings |= {"momentum": momentum, "decay": weight_decay}
+        settings = {"momentum": momentum, "decay": weight_decay}
     optimizer: keras.optimizers.Optimizer = (layerwise(chosen, *layers) if layers else chosen)(
         learning_rate, **settings
     )

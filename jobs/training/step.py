@@ -50,12 +50,14 @@ def make_step(
     clip_norm: float | None = None,
     micro_batches: int = 1,
     after: Callable[[], None] | None = None,
+    statistics: Sequence[keras.Variable] = (),
 ) -> Callable[[Images, tf.Tensor], tf.Tensor]:
     """A compiled step: `step(images, targets)` on this worker's part of the batch returns FIGURES, float64 [5].
 
     `clip_norm` bounds the norm of the gradient of the global batch. With `micro_batches` the worker's part is computed
     in so many pieces one after another, which takes less memory; the gradient is that of the whole. `after` is called
-    once the weights have moved. A step whose gradient is not finite moves nothing.
+    once the weights have moved. A step whose gradient is not finite moves nothing, nor `statistics`, which the forward
+    pass moves; but it counts, so that learning rates go by the step.
     """
     variables = list(variables)
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
@@ -80,12 +82,18 @@ def make_step(
     def update(gradients: list[tf.Tensor]) -> None:
         optimizer.apply(gradients, variables)
 
+    def undo(before: list[tf.Tensor]) -> None:
+        for variable, value in zip(statistics, before, strict=True):
+            variable.assign(value)
+
     def follow() -> None:
         if after is not None:
             after()
 
     @tf.function(autograph=False)
     def step(images: Images, targets: tf.Tensor) -> tf.Tensor:
+        number = tf.identity(optimizer.iterations.value)
+        before = [tf.identity(variable.value) for variable in statistics]
         (*gradients, loss), compute_s, all_reduce_s = strategy.run(replica_sum, args=(images, targets))
         started = tf.timestamp()
         gradients = _once(started, gradients)
@@ -98,7 +106,8 @@ def make_step(
             update(gradients)
         else:
             tf.cond(finite, lambda: _then(update, gradients), lambda: False)
-        moved = tf.cond(finite, lambda: _then(follow), lambda: False)
+        optimizer.iterations.assign(number + 1)
+        moved = tf.cond(finite, lambda: _then(follow), lambda: _then(undo, before))
         with tf.control_dependencies([moved]):
             compute_s += tf.timestamp() - started
         told = tf.cast(tf.where(finite, [loss, norm, 0.0], [0.0, 0.0, 1.0]), tf.float64)

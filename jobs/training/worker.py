@@ -1,6 +1,7 @@
 """What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from jobs.ssl.methods import build_method, views_of
 from jobs.ssl.sentinel import collapse_sign
 from jobs.training.average import Average
 from jobs.training.checkpoint import Begun, State
-from jobs.training.checkpointing import Checkpointing
+from jobs.training.checkpointing import LOSS_SCALE, Checkpointing
 from jobs.training.config import PretrainConfig, total_steps
 from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
@@ -37,7 +38,8 @@ TELL_EVERY_S = 0.5
 
 SKIPPED, TIMES = FIGURES.index("skipped_steps"), slice(FIGURES.index("compute_s"), None)
 MOST_SKIPPED, MOST_SKIPPED_SHARE = 5, 0.05
-"""Steps of an epoch that may be skipped for a gradient that is not finite, by number or share, whichever is more."""
+"""Steps of an epoch that may be skipped for a gradient that is not finite, by number or share, whichever is more; never
+all of them."""
 
 CORRUPT_NAMED = 10
 """Images that each worker names in an epoch, of those that could no longer be decoded."""
@@ -111,6 +113,7 @@ class _Worker:
             clip_norm=config.clip_norm,
             micro_batches=config.micro_batches,
             after=self._after_step,
+            statistics=[v for model in (self.backbone, self.method.head) for v in _moving_statistics(model)],
         )
         trained = [self.backbone, self.method.head]
         self.average = None if config.ema_decay is None else Average(trained, config.ema_decay)
@@ -167,7 +170,8 @@ class _Worker:
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
                 self._tell({"kind": "step", "loss": _means(figures, since)["loss"]})
-            if figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE):
+            too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
+            if too_many or (self.step in ends and figures[SKIPPED] == since):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
                 sign = f"{figures[SKIPPED]:.0f} of {since:,} steps had a gradient that is no number"
                 self._tell({"kind": "diverged", "sign": sign, "healthy_step": self._healthy_step()}, wait=True)
@@ -286,17 +290,19 @@ class _Worker:
     def _parts(self) -> dict[str, Sequence[Any]]:
         """The variables that a checkpoint holds, by part."""
         trained = [] if self.average is None else [*self.backbone.weights, *self.method.head.weights]
+        inner = getattr(self.optimizer, "inner_optimizer", self.optimizer).variables
         return {
             "backbone": self.exported_backbone.weights,
             "head": self.exported_head.weights,
             "trained": trained,
             "method": self.method.state,
-            "optimizer": self.optimizer.variables,
+            "optimizer": inner,
+            LOSS_SCALE: self.optimizer.variables[: len(self.optimizer.variables) - len(inner)],
         }
 
     def _is_due(self) -> bool:
         """Whether a checkpoint is to be taken at this end of an epoch."""
-        epoch, every = round(self.order.epoch_of(self.step)), self.config.checkpoint_every_steps
+        epoch, every = int(self.order.epoch_of(self.step)), self.config.checkpoint_every_steps
         at_step = every is not None and self.step % every == 0
         return at_step or epoch % self.config.checkpoint_every_epochs == 0 or self.step == self.total_steps
 
@@ -352,7 +358,7 @@ def _views(assignment: Assignment) -> Views:
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:
     """What the steps of an epoch say together: loss and norm are means over those that moved the weights."""
     loss, norm, skipped = figures[: SKIPPED + 1].tolist()
-    moved = max(1, steps - skipped)
+    moved = steps - skipped or math.nan
     return {"loss": loss / moved, "gradient_norm": norm / moved, "skipped_steps": skipped}
 
 

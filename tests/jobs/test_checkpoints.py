@@ -173,6 +173,16 @@ def test_in_mid_epoch_a_checkpoint_is_new_but_never_the_best(store: CheckpointSt
     assert store.steps() == [28, 20]
 
 
+def test_the_last_one_before_anything_can_have_gone_wrong_is_kept(store: CheckpointStore, said: list[str]) -> None:
+    history = [{"step": 20, "loss": 0.1}]
+    keeper = _keep(store, said)
+    for step in (15, 25, 28, 29):
+        keeper.save(_state(step, history=history if step > 20 else []), _parts(step))
+    keeper.finish()
+    # Of the two newest it is not known yet whether they are healthy.
+    assert store.steps() == [29, 28, 15]
+
+
 def test_a_damaged_later_one_does_not_displace_those_from_which_training_went_on(
     store: CheckpointStore, said: list[str]
 ) -> None:

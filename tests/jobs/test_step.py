@@ -29,9 +29,11 @@ def _train(precision: str, factors: list[float], clip_norm: float | None = None)
     network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8, activation="relu"), keras.layers.Dense(3)])
     optimizer = build_optimizer("sgd", 0.1, weight_decay=0.0, momentum=0.0)
     optimizer.build(network.trainable_variables)
+    seen = keras.Variable(0.0, trainable=False)
 
     def forward(inputs: tf.Tensor) -> tf.Tensor:
         # It takes a while, which is to be told.
+        seen.assign_add(1.0)
         return network(tf.ensure_shape(tf.numpy_function(_slowly, [inputs], tf.float32), (16, 4)), training=True)
 
     def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
@@ -44,11 +46,18 @@ def _train(precision: str, factors: list[float], clip_norm: float | None = None)
         optimizer,
         network.trainable_variables,
         clip_norm=clip_norm,
+        statistics=[seen],
     )
     generator = np.random.default_rng(0)
     inputs = generator.normal(size=(16, 4)).astype(np.float32)
     wanted = generator.normal(size=(16, 4)).astype(np.float32)
-    told: dict[str, list[float]] = {"moved": [], "scale": [], **{name: [] for name in FIGURES}}
+    told: dict[str, list[float]] = {
+        "moved": [],
+        "scale": [],
+        "seen": [],
+        "counted": [],
+        **{name: [] for name in FIGURES},
+    }
     for factor in factors:
         before = [variable.numpy() for variable in network.trainable_variables]
         wanted[:, 3] = factor
@@ -56,6 +65,8 @@ def _train(precision: str, factors: list[float], clip_norm: float | None = None)
             told[name].append(float(value))
         moves = [v.numpy() - b for v, b in zip(network.trainable_variables, before, strict=True)]
         told["moved"].append(float(np.sqrt(sum((move**2).sum() for move in moves))))
+        told["seen"].append(float(seen))
+        told["counted"].append(int(optimizer.iterations))
         if precision == "float16":
             told["scale"].append(float(optimizer.dynamic_scale))
     return told
@@ -88,6 +99,34 @@ def _follow() -> dict[str, Any]:
     return found
 
 
+def _without_decay() -> dict[str, float]:
+    """How far a step moves the query bias of an attention, which has two axes, and its kernel."""
+    import keras
+    import tensorflow as tf
+
+    from jobs.training.optimizer import build_optimizer
+
+    moved = {}
+    for kind in ("adamw", "lars"):
+        attention = keras.layers.MultiHeadAttention(2, 4)
+        attention.build((None, 3, 8), (None, 3, 8))
+        named = {v.path.rpartition("query/")[2]: v for v in attention.trainable_variables if "query" in v.path}
+        optimizer = build_optimizer(kind, 0.1, weight_decay=0.0)
+        optimizer.build(list(named.values()))
+        for variable in named.values():
+            variable.assign(tf.ones(variable.shape))
+        optimizer.apply([tf.ones(v.shape) for v in named.values()], list(named.values()))
+        moved |= {f"{kind} {name}": 1 - float(tf.reduce_mean(v.value)) for name, v in named.items()}
+    return moved
+
+
+def test_biases_of_attention_are_not_adapted_and_no_decay_is_no_error(ray_cluster: None) -> None:
+    moved = ray.get(ray.remote(num_cpus=1)(_without_decay).remote())
+    assert moved["lars bias"] == pytest.approx(0.1)
+    assert moved["lars kernel"] == pytest.approx(0.1 * 1e-3)
+    assert moved["adamw bias"] == pytest.approx(0.1, rel=1e-3)
+
+
 def test_each_layer_takes_its_share_of_the_rate_and_the_average_follows(ray_cluster: None) -> None:
     found = ray.get(ray.remote(num_cpus=1)(_follow).remote())
     start = np.array([[1.0, 2.0], [3.0, 4.0]])
@@ -117,6 +156,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(told: dict[s
     assert run["skipped_steps"] == [0, 1, 0]
     assert run["moved"][1] == run["loss"][1] == run["gradient_norm"][1] == 0
     assert run["moved"][2] > 0
+    # Statistics of the forward pass stay, but the learning rate goes on.
+    for name in ("not finite", "float16"):
+        assert told[name]["seen"] == [1, 1, 2], name
+        assert told[name]["counted"] == [1, 2, 3], name
 
 
 def test_a_long_gradient_is_shortened_to_the_bound(told: dict[str, dict[str, list[float]]]) -> None:
