@@ -35,7 +35,7 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "KERAS_BACKEND": "tensorflow",
-        # Off by default on processors without AVX-512, where it trains 1.4 to 1.9 times as fast all the same.
+        # Off by default on processors without AVX-512, where it trains 1.2 to 1.9 times as fast all the same.
         "TF_ENABLE_ONEDNN_OPTS": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1"),
         # OpenCV decodes before jobs.data.decode can look at the size: a PNG of one megabyte can unpack to gigabytes.
         "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",

@@ -21,7 +21,7 @@ from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
 from jobs.registry import ModelVersion, Registry
 from jobs.tracking import Tracker
-from jobs.training.checkpoint import Checkpoint
+from jobs.training.checkpoint import Checkpoint, read_state
 from jobs.training.config import ExportConfig, FinetuneConfig
 
 
@@ -147,7 +147,7 @@ def _compare(run: Run, tested: dict[str, Any]) -> dict[str, Any]:
 
 def _notes(config: ExportConfig, initial: str) -> list[str]:
     """What a share of the labels does not tell in export's own comparison."""
-    notes = [] if initial == "scratch" else notes_on(Checkpoint.open(initial).state.method)
+    notes = [] if initial == "scratch" else notes_on(read_state(Path(initial)).method)
     if config.retrain_on == "train+validation":
         notes.append("export.retrain_on is train+validation: both models saw all labels of the validation split, too")
     return notes
@@ -221,7 +221,7 @@ def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, An
             "dataset": str(dataset.directory),
             "dataset_fingerprint": dataset.fingerprint,
             "checkpoint": initial,
-            "pretrain_weights_sha256": None if initial == "scratch" else Checkpoint.open(initial).state.weights_sha256,
+            "pretrain_weights_sha256": None if initial == "scratch" else read_state(Path(initial)).weights_sha256,
             "study": search["study_name"],
             "trial": search["best"]["number"],
             "config": search["best"]["config"],

@@ -5,10 +5,7 @@ import os
 from pydantic import Field, field_validator, model_validator
 
 from cluster.schema import Section
-from jobs.training.config import FinetuneConfig
-
-OF_PRETRAINED = {"unfrozen_stages": -1, "layer_decay": 1.0}
-"""Settings that spare pre-trained layers, and what they are where training starts from random weights."""
+from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 
 
 class Dimension(Section):

@@ -24,8 +24,8 @@ from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint
-from jobs.training.config import FinetuneConfig
-from tuning.config import OF_PRETRAINED, TuneConfig
+from jobs.training.config import OF_PRETRAINED, FinetuneConfig
+from tuning.config import TuneConfig
 
 METRIC = "accuracy"
 

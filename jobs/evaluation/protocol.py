@@ -18,7 +18,7 @@ from jobs.evaluation.verdict import compare, notes_on, overall
 from jobs.labelled import labelled_rows
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, Checkpoint
-from jobs.training.config import FinetuneConfig, PretrainConfig
+from jobs.training.config import OF_PRETRAINED, FinetuneConfig, PretrainConfig
 
 
 class Protocol:
@@ -116,9 +116,8 @@ class Protocol:
     def _finetuning(self, fraction: float, arm: Arm, seed: int, rate: float) -> Finetuning:
         images = len(self._rows[fraction, seed])
         steps = self.config.budget(images, self._finetune.global_batch_size)
-        # Layers of random weights are all as far from where they should be.
-        decay = 1.0 if arm == "scratch" else self._finetune.layer_decay
-        settings = self._finetune.model_copy(update={"learning_rate": rate, "layer_decay": decay})
+        scratch = OF_PRETRAINED if arm == "scratch" else {}
+        settings = self._finetune.model_copy(update={"learning_rate": rate, **scratch})
         return Finetuning(arm, fraction, seed, settings, steps, images)
 
     def _probing(self, fraction: float, arm: Arm, seed: int) -> Probing:

@@ -173,6 +173,10 @@ class FinetuneConfig(Section):
     augment: AugmentConfig = AugmentConfig()
 
 
+OF_PRETRAINED = {"unfrozen_stages": -1, "layer_decay": 1.0}
+"""Settings of fine-tuning that spare pre-trained layers, and what they are where it starts from random weights."""
+
+
 class ExportConfig(Section):
     """What becomes of the best trial."""
 

@@ -197,7 +197,7 @@ class Finetuner:
     def _compile(self, unfrozen_stages: int) -> _Step:
         import tensorflow as tf
 
-        from jobs.training.step import Objective, make_step
+        from jobs.training.step import Objective, make_step, moving_statistics
 
         backbone, head = self._classifier.backbone, self._classifier.head
         variables = [*backbone.trainable_variables, *head.trainable_variables]
@@ -216,7 +216,10 @@ class Finetuner:
         def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
             return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, outputs))
 
-        run = make_step(tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables)
+        statistics = moving_statistics(backbone)
+        run = make_step(
+            tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables, statistics=statistics
+        )
         return _Step(optimizer, [variable.numpy() for variable in optimizer.variables], run)
 
     def _batch(

@@ -201,6 +201,11 @@ def replica_rank() -> tf.Tensor:
     return tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, tf.int32)
 
 
+def moving_statistics(model: keras.Model) -> list[keras.Variable]:
+    """What the forward pass of a model moves: the means and variances of batch normalisation."""
+    return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
+
+
 def make_average(strategy: tf.distribute.Strategy, variables: Sequence[keras.Variable]) -> Callable[[], None]:
     """A function that sets variables which each worker keeps for itself (BatchNorm's moving statistics) to their mean.
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import ray
 import ray.train
@@ -32,7 +31,16 @@ from jobs.training.keeper import CheckpointStore, Keeper
 from jobs.training.optimizer import build_optimizer, scaled_rate
 from jobs.training.probing import Networks, Probe
 from jobs.training.schedule import Tabulated, learning_rates, remedied
-from jobs.training.step import FIGURES, Objective, gather, make_average, make_step, make_strategy, replica_rank
+from jobs.training.step import (
+    FIGURES,
+    Objective,
+    gather,
+    make_average,
+    make_step,
+    make_strategy,
+    moving_statistics,
+    replica_rank,
+)
 
 TELL_EVERY_S = 0.5
 
@@ -113,14 +121,14 @@ class _Worker:
             clip_norm=config.clip_norm,
             micro_batches=config.micro_batches,
             after=self._after_step,
-            statistics=[v for model in (self.backbone, self.method.head) for v in _moving_statistics(model)],
+            statistics=[v for model in (self.backbone, self.method.head) for v in moving_statistics(model)],
         )
         trained = [self.backbone, self.method.head]
         self.average = None if config.ema_decay is None else Average(trained, config.ema_decay)
         # What the probe looks at, and what is handed on.
         self.exported_backbone, self.exported_head = trained if self.average is None else self.average.models
         models = (*trained, self.exported_backbone, self.exported_head)
-        statistics = {id(v): v for model in models for v in _moving_statistics(model)}
+        statistics = {id(v): v for model in models for v in moving_statistics(model)}
         self.average_statistics = make_average(self.strategy, list(statistics.values()))
         self.step = 0
         self.untrained: dict[str, float] = {}
@@ -360,7 +368,3 @@ def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:
     loss, norm, skipped = figures[: SKIPPED + 1].tolist()
     moved = steps - skipped or math.nan
     return {"loss": loss / moved, "gradient_norm": norm / moved, "skipped_steps": skipped}
-
-
-def _moving_statistics(model: keras.Model) -> list[keras.Variable]:
-    return [v for v in model.non_trainable_variables if keras.backend.is_float_dtype(v.dtype)]
