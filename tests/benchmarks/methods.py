@@ -22,12 +22,14 @@ CONVNET = ["model.backbone=convnet", "model.width=16", "model.norm=batch"]
 VIT = ["model.backbone=vit_tiny", "model.width=48", "model.depth=4"]
 CROPS = ["pretrain.augment.crop_min_area=0.4", "pretrain.local_crop_min_area=0.15"]
 """Dino's global views as in the paper; local ones of a twentieth would be 7 pixels of 32."""
+BATCH, BATCHES = 256, {"byol": 64}
+"""Byol has to follow its own target for some hundreds of steps before it learns."""
 METHODS: dict[str, list[str]] = {
     "supervised": CONVNET,
     "simclr": CONVNET,
     "vicreg": CONVNET,
     "barlow_twins": CONVNET,
-    "byol": CONVNET,
+    "byol": [*CONVNET, "pretrain.augment.crop_min_area=0.4"],
     "dino": [*CONVNET, *CROPS, "pretrain.local_views=2", "pretrain.prototypes=256"],
     "mae": [*VIT, "pretrain.epochs=12"],
 }
@@ -105,7 +107,7 @@ def _collapse(source: Path, profile: Any) -> dict[str, Any]:
         for seed in range(SEEDS):
             told = _pretrain(source, profile, seed, name, settings)
             step = re.search(r"collapsed at step ([\d,]+)", told) if isinstance(told, str) else None
-            steps = -(-9_000 // 256)
+            steps = -(-9_000 // BATCHES.get(name, BATCH))
             epochs = -1 if step is None else round(int(step[1].replace(",", "")) / steps)
             caught.setdefault(title, []).append(epochs)
             print(f"{title}, seed {seed}: {told if step else 'not seen'}", flush=True)
@@ -126,6 +128,7 @@ def _pretrain(source: Path, profile: Any, seed: int, method: str, settings: list
         f"seed={seed}",
         f"pretrain.method={method}",
         f"pretrain.epochs={EPOCHS}",
+        f"pretrain.global_batch_size={BATCHES.get(method, BATCH)}",
         "pretrain.warmup_steps=20",
         # The first alarm ends a run: a remedy would hide it.
         "pretrain.sentinel.remedies=0",
