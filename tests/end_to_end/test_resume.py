@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conftest import MakeRun, carry_out
 
 HELIO = str(Path(sys.executable).with_name("helio"))
-EPOCHS = 10
+EPOCHS = 8
 SETTINGS = (
     "model.width=8",
     f"pretrain.epochs={EPOCHS}",

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,33 @@ def _untrained(image_size: int, seed: int) -> Arrays:
     ]
 
 
-def test_two_workers_train_in_a_run_as_one(make_run: MakeRun) -> None:
+@contextlib.contextmanager
+def _gpus_free() -> Iterator[list[float]]:
+    """How many GPUs nobody held, from moment to moment."""
+    free = [ray.available_resources()["GPU"]]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            free.append(ray.available_resources().get("GPU", 0.0))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield free
+    finally:
+        done.set()
+        watcher.join()
+
+
+def test_two_workers_with_a_gpu_each_train_in_a_run_as_one(make_run: MakeRun) -> None:
     def trained(workers: int) -> Checkpoint:
-        run = make_run(*TEN_SGD_STEPS, profile=(f"profile.train.workers={workers}",))
-        carry_out(run, "ingest", "pretrain")
+        profile = (f"profile.train.workers={workers}", "profile.train.gpus_per_worker=1")
+        run = make_run(*TEN_SGD_STEPS, profile=profile)
+        carry_out(run, "ingest")
+        with _gpus_free() as free:
+            carry_out(run, "pretrain")
+        assert (max(free), min(free)) == (2, 2 - workers)
         result = run.require("pretrain")
         assert (result["steps"], result["workers"]) == (10, workers)
         checkpoint = Checkpoint.open(result["checkpoint"])
@@ -271,27 +294,6 @@ def test_no_checkpoint_that_is_whole_is_said_in_one_line(make_run: MakeRun) -> N
     (run.directory / "pretrain" / "checkpoints" / "step-00000005").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .*remove the directory .* starts over"):
         carry_out(run, "pretrain")
-
-
-def test_workers_hold_the_gpus_that_the_profile_gives_them(make_run: MakeRun) -> None:
-    run = make_run(*TEN_SGD_STEPS, profile=("profile.train.gpus_per_worker=1",))
-    carry_out(run, "ingest")
-    free = [ray.available_resources()["GPU"]]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.2):
-            free.append(ray.available_resources().get("GPU", 0.0))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        carry_out(run, "pretrain")
-    finally:
-        done.set()
-        watcher.join()
-    assert run.require("pretrain")["steps"] == 10
-    assert (max(free), min(free)) == (2.0, 0.0)
 
 
 def test_more_gpus_than_there_are_are_refused() -> None:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import EndpointError
+from cluster.session import free_ports
 from jobs.data.dataset import Dataset
 from jobs.registry import ModelVersion
 from serving.check import largest_difference, spread_over_classes
@@ -64,7 +65,7 @@ def test_an_address_of_another_machine_is_refused(deployed: Deployed) -> None:
 
 
 def test_a_second_serve_on_the_same_cluster_is_refused(deployed: Deployed, url: str) -> None:
-    other = deployed.config.model_copy(update={"port": deployed.config.port + 1})
+    other = deployed.config.model_copy(update={"port": free_ports(1)[0]})
     with (
         pytest.raises(EndpointError, match="Ray Serve runs on this cluster already"),
         endpoint(deployed.run.profile, other, deployed.version),
