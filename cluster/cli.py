@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
         _add_recipe(command, required=False)
         command.add_argument("--resume", metavar="RUN", help="go on with this run from its last finished stage")
         command.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
+        if name == "tune":
+            command.description = (
+                "Goes on to the fine-tuning search. `helio tune report RUN` says what a search has taught, also while "
+                "it goes on; `helio tune dashboard RUN` opens optuna-dashboard on it."
+            )
+            command.add_argument("--port", type=int, help="of the dashboard (default: 8080)")
         if name == "run":
             command.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until Ctrl-C")
     deploy = commands.add_parser("deploy", help="serve the champion of a recipe's model until Ctrl-C")
@@ -159,6 +165,11 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
         arguments.recipe = None
+    if arguments.command == "tune":
+        if arguments.recipe in ("report", "dashboard"):
+            return _look_at_search(arguments, output)
+        if arguments.port is not None:
+            raise HelioError("--port is of helio tune dashboard RUN")
     profile, overrides = _profile(arguments)
     if arguments.command == "deploy":
         return _deploy(arguments, profile, overrides, output)
@@ -259,6 +270,21 @@ def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     progress = RunProgress(output.messages)
     run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
     code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
+    return code
+
+
+def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.progress import RunProgress
+    from cluster.run import open_run
+
+    profile, words = _profile(arguments)
+    if len(words) != 1:
+        raise HelioError(f"helio tune {arguments.recipe} takes the name of one run, got {' '.join(words) or 'none'}")
+    if arguments.port is not None and arguments.recipe == "report":
+        raise HelioError("--port is of helio tune dashboard RUN")
+    run = open_run(words[0], profile, [], RunProgress(output.messages))
+    command = catalog.load(f"tuning.report:{arguments.recipe}_command")
+    code: int = command(run, arguments.json if arguments.recipe == "report" else arguments.port or 8080, output)
     return code
 
 

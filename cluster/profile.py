@@ -80,6 +80,8 @@ class TrialResources(Section):
     cpus_per_trial: float = Field(default=1.0, gt=0)
     gpus_per_trial: SharedGpus = 0.0
     threads_per_trial: int = Field(default=1, ge=1)
+    memory_gb: float | None = Field(default=None, gt=0)
+    """What one process may take for itself, GiB, shared images aside, before its trial has failed; none: no limit."""
 
 
 class ReplicaResources(Section):

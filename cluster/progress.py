@@ -1,12 +1,12 @@
 """How far a run is: bars with rate and time left on a terminal, one line an interval otherwise."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 RATE_AFTER_S = 0.5
 """Before, a rate would say more of the clock than of the work."""
@@ -43,6 +43,20 @@ class Task:
             self._progress.say(f"  {self._title}: " + "  ".join(part for part in parts if part))
 
 
+class _Bars(Progress):
+    """Bars with something below them."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, below: Callable[[], RenderableType] | None) -> None:
+        self._below = below
+        super().__init__(*columns, console=console)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See `Progress.get_renderables`."""
+        yield from super().get_renderables()
+        if self._below is not None:
+            yield self._below()
+
+
 class RunProgress:
     """Writes to the user's terminal, or to whatever `stream` is."""
 
@@ -60,14 +74,19 @@ class RunProgress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def task(self, title: str, total: float | None, unit: str) -> Iterator[Task]:
-        """Show a piece of work for the length of the block; None: nobody knows yet how much it is."""
+    def task(
+        self, title: str, total: float | None, unit: str, below: Callable[[], RenderableType] | None = None
+    ) -> Iterator[Task]:
+        """Show a piece of work for the length of the block; None: nobody knows yet how much it is.
+
+        On a terminal, what `below` returns stands below the bar, anew each time that it is drawn.
+        """
         if not self.console.is_terminal:
             yield Task(self, title, total, unit)
             return
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        with Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console
+        with _Bars(
+            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console, below=below
         ) as bars:
             self.bars = bars
             try:

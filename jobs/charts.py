@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from jobs.data.decode import decode_image
+from jobs.evaluation.metrics import LOWER_IS_BETTER, Metric, better, title, told
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
 SEARCH_COLORS = {"tune": BLUE, "baseline": VERMILION}
@@ -71,9 +72,15 @@ class Sheet:
     marked: frozenset[int] = frozenset()
 
 
-def best_accuracy(trial: Mapping[str, Any]) -> float | None:
-    """The best validation accuracy of any epoch of a trial; None where it reported none."""
-    return max(trial["curve"], default=None)
+def best_value(metric: Metric, trial: Mapping[str, Any]) -> float | None:
+    """The best value of any epoch of a trial; None where it reported none."""
+    return better(metric, trial["curve"]) if trial["curve"] else None
+
+
+def _metric(searches: Mapping[str, Mapping[str, Any]]) -> tuple[Metric, str, float]:
+    """What the searches go by, its name on an axis, and what its values are multiplied by there."""
+    metric: Metric = next(iter(searches.values()))["metric"]
+    return (metric, title(metric), 1.0) if metric == "log_loss" else (metric, f"{title(metric)} (%)", 100.0)
 
 
 def state_name(trial: Mapping[str, Any]) -> str:
@@ -82,13 +89,14 @@ def state_name(trial: Mapping[str, Any]) -> str:
 
 
 def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
-    """Each trial's best accuracy by its number, and the running best, of one search or of both (`tune`, `baseline`)."""
+    """Each trial's best value by its number, and the running best, of one search or of both (`tune`, `baseline`)."""
+    metric, name_on_axis, scale = _metric(searches)
     trials = [trial for search in searches.values() for trial in search["history"]]
     present = {state_name(trial) for trial in trials}
 
     def paint(figure: Any) -> None:
         axes = chart_axes(figure, "trial number")
-        axes.set_ylabel("best validation accuracy (%)")
+        axes.set_ylabel(f"best validation {name_on_axis}")
         for name, search in searches.items():
             numbers: list[float] = []
             running: list[float] = []
@@ -96,37 +104,39 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
             # A little to the left or right, so that equal results do not hide one another.
             aside = (-0.1 if name == "tune" else 0.1) if len(searches) > 1 else 0.0
             for trial in sorted(search["history"], key=lambda trial: trial["number"]):
-                best, marker = best_accuracy(trial), _MARKERS[state_name(trial)]
+                best, marker = best_value(metric, trial), _MARKERS[state_name(trial)]
                 number = trial["number"] + aside
                 if best is None:
                     # Without any result it has no height: it stands on the axis.
                     axes.plot(number, 0.02, color=color, transform=axes.get_xaxis_transform(), **marker)
                     continue
                 numbers.append(number)
-                running.append(100 * best if not running else max(100 * best, running[-1]))
-                axes.plot(number, 100 * best, color=color, **marker)
+                running.append(better(metric, [scale * best, *running[-1:]]))
+                axes.plot(number, scale * best, color=color, **marker)
             axes.plot(numbers, running, color=color, drawstyle="steps-post", linewidth=1.4)
         lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
         chart_legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
 
-    return draw_chart("Best accuracy of each trial, in the order in which they began", paint)
+    return draw_chart(f"Best {title(metric)} of each trial, in the order in which they began", paint)
 
 
 def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Validation accuracy by epoch of every trial, a chart for each search on the same scale, the winner on top."""
+    """Validation figures by epoch of every trial, a chart for each search on the same scale, the winner on top."""
+    _, name_on_axis, scale = _metric(searches)
     values = [value for search in searches.values() for trial in search["history"] for value in trial["curve"]]
-    limits = (100 * min(values) - 3, min(100 * max(values) + 3, 101))
+    margin = 0.06 * (max(values) - min(values)) or 0.03
+    limits = (scale * (min(values) - margin), scale * (max(values) + margin))
 
     def chart(name: str, search: Mapping[str, Any]) -> Chart:
         def paint(figure: Any) -> None:
             axes = chart_axes(figure, "epoch (passes over the labelled images)")
-            axes.set_ylabel("validation accuracy (%)")
+            axes.set_ylabel(f"validation {name_on_axis}")
             axes.set_ylim(*limits)
             color, winner = SEARCH_COLORS[name], search["best"]["number"]
             trials = [trial for trial in search["history"] if trial["curve"]]
             for trial in sorted(trials, key=lambda trial: trial["number"] == winner):
                 first = trial["number"] == winner
-                curve = [100 * value for value in trial["curve"]]
+                curve = [scale * value for value in trial["curve"]]
                 look = {"color": color, "alpha": 1.0 if first else 0.4}
                 axes.plot(range(1, len(curve) + 1), curve, linewidth=2.6 if first else 1.1, **look)
                 axes.plot(len(curve), curve[-1], **look, **_MARKERS[state_name(trial)])
@@ -142,19 +152,30 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
 def trials_sheet(searches: Mapping[str, Mapping[str, Any]]) -> Sheet:
     """Every trial with its parameters, the best first, the winner of each search marked."""
     pairs = [(name, trial) for name, search in searches.items() for trial in search["history"]]
-    pairs.sort(key=lambda pair: -(best_accuracy(pair[1]) or -1.0))
+    metric, _, _ = _metric(searches)
+    sign = 1 if metric in LOWER_IS_BETTER else -1
+    best_of = {id(trial): best_value(metric, trial) for _, trial in pairs}
+    pairs.sort(key=lambda pair: float("inf") if (best := best_of[id(pair[1])]) is None else sign * best)
     names = list(dict.fromkeys(name for _, trial in pairs for name in trial["params"]))
     rows: list[list[str]] = []
     winners = set()
     for name, trial in pairs:
         if trial["number"] == searches[name]["best"]["number"]:
             winners.add(len(rows))
-        best, seconds, params = best_accuracy(trial), trial["seconds"], trial["params"]
-        told = ["" if best is None else f"{best:.1%}", str(len(trial["curve"]))]
-        told.append("" if seconds is None else f"{seconds:.1f}")
+        best, seconds, params = best_of[id(trial)], trial["seconds"], trial["params"]
+        figures = ["" if best is None else told(metric, best), str(len(trial["curve"]))]
+        figures.append("" if seconds is None else f"{seconds:.1f}")
         settings = [setting(params[key]) if key in params else "" for key in names]
-        rows.append([SEARCH_NAMES[name], str(trial["number"]), state_name(trial), *told, *settings])
-    head = ["search", "trial", "state", "best accuracy", "epochs", "seconds", *(key.replace("_", " ") for key in names)]
+        rows.append([SEARCH_NAMES[name], str(trial["number"]), state_name(trial), *figures, *settings])
+    head = [
+        "search",
+        "trial",
+        "state",
+        f"best {title(metric)}",
+        "epochs",
+        "seconds",
+        *(key.replace("_", " ") for key in names),
+    ]
     return Sheet("All trials, the best first; the winners are marked", head, rows, frozenset(winners))
 
 
@@ -277,15 +298,40 @@ def draw_chart(caption: str, paint: Callable[[Any], None], inches: tuple[float, 
     import matplotlib
     from matplotlib.figure import Figure
 
-    buffer = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # Matplotlib only measures text here; the browser has the letters that its own font lacks.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=inches, layout="constrained")
         paint(figure)
-        absent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        # tight: the layout of a hundred upright names comes out a little too tall for its figure.
-        figure.savefig(buffer, format="svg", transparent=True, metadata=absent, bbox_inches="tight", pad_inches=0.05)
+        return _chart(caption, figure)
+
+
+def plotted_chart(caption: str, plot: Callable[[], Any], inches: tuple[float, float]) -> Chart:
+    """The same from a function that plots by matplotlib's state, as a library's own does, and returns the axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        axes = np.ravel(plot())
+        figure = axes[0].get_figure()
+        try:
+            figure.set_size_inches(inches)
+            for one in axes:
+                # The caption says it.
+                one.set_title("")
+            return _chart(caption, figure)
+        finally:
+            plt.close(figure)
+
+
+def _chart(caption: str, figure: Any) -> Chart:
+    buffer = io.StringIO()
+    absent = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # tight: the layout of a hundred upright names comes out a little too tall for its figure.
+    figure.savefig(buffer, format="svg", transparent=True, metadata=absent, bbox_inches="tight", pad_inches=0.05)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)

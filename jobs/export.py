@@ -23,6 +23,7 @@ from jobs.registry import ModelVersion, Registry
 from jobs.tracking import Tracker
 from jobs.training.checkpoint import Checkpoint, read_state
 from jobs.training.config import ExportConfig, FinetuneConfig
+from jobs.training.finetune import load_arrays
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -94,7 +95,8 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
-    initial = search["initial"]
+    initial, weights = search["initial"], search["best"]["weights"]
+    as_found = run.recipe.section(ExportConfig).retrain_on == "train" and weights is not None
     return {
         "start": {
             "model": run.recipe.section(ModelConfig),
@@ -105,17 +107,20 @@ def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str,
         },
         "config": FinetuneConfig.model_validate(search["best"]["config"]),
         "epochs": search["best"]["epochs"],
+        # The search has kept what training on the same images again would end with.
+        "trained": load_arrays(Path(weights)) if as_found else None,
     }
 
 
 def _retrain(
     task: dict[str, Any], shared: list[Any], threads: int, gpus: float, bundle: Path | None, lineage: dict[str, Any]
 ) -> dict[str, Any]:
-    """In a worker: retrain the winner, test it once, and write the bundle where a directory for it is given."""
+    """In a worker: take the winner up or retrain it, test it once, and write the bundle where `bundle` is given."""
     import numpy as np
     import ray
 
     from jobs.bundle import write_bundle
+    from jobs.evaluation.statistics import accuracy
     from jobs.training.device import set_up_tensorflow
     from jobs.training.finetune import Finetuner, Start
 
@@ -123,18 +128,23 @@ def _retrain(
     training, test = ray.get(shared[0])
     start = Start(**task["start"])
     finetuner = Finetuner(start)
-    for _ in finetuner.train(training, task["config"], epochs=task["epochs"]):
-        pass
+    if task["trained"] is not None:
+        finetuner.assign(task["trained"])
+    else:
+        for _ in finetuner.train(training, task["config"], epochs=task["epochs"]):
+            pass
     classifier = finetuner.classifier
     predicted = classifier.probabilities(test.images).argmax(axis=1)
     confusion = np.zeros((start.classes, start.classes), int)
     np.add.at(confusion, (test.labels, predicted), 1)
     right = predicted == test.labels
-    accuracy = float(right.mean())
+    tested = accuracy(right)
     if bundle is not None:
-        manifest = {**lineage, "metrics": {"test_accuracy": accuracy, "test_images": len(test.labels)}}
+        interval = [round(tested.low, 6), round(tested.high, 6)]
+        metrics = {"test_accuracy": tested.mean, "test_accuracy_95": interval, "test_images": len(test.labels)}
+        manifest = {**lineage, "metrics": metrics}
         write_bundle(bundle, classifier.backbone, classifier.head, start.image_size, manifest)
-    return {"accuracy": accuracy, "confusion": confusion.tolist(), "right": right}
+    return {"accuracy": tested.mean, "confusion": confusion.tolist(), "right": right}
 
 
 def _compare(run: Run, tested: dict[str, Any]) -> dict[str, Any]:

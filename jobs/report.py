@@ -15,6 +15,7 @@ import yaml
 from cluster import catalog
 from cluster.run import Run, write_atomic
 from jobs import charts
+from jobs.evaluation.metrics import title, told
 from jobs.evaluation.page import evaluation_chart, evaluation_lines, evaluation_sheet
 from jobs.evaluation.verdict import read_evaluation
 from jobs.pretraining_charts import feature_map, pretraining_charts
@@ -156,7 +157,7 @@ def _search(run: Run) -> str:
         )
         lines.append(
             f"{charts.SEARCH_NAMES[name].capitalize()}: {ends}; the winner is trial {best['number']} with "
-            f"{best['accuracy']:.1%} after {best['epochs']} epochs."
+            f"{title(search['metric'])} {told(search['metric'], best['value'])} after {best['epochs']} epochs."
         )
     return (
         "".join(f"<p>{escape(line)}</p>" for line in lines)

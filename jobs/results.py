@@ -16,6 +16,7 @@ from rich.text import Text
 from cluster import catalog
 from cluster.run import Run
 from jobs import charts
+from jobs.evaluation.metrics import title, told
 from jobs.registry import tracking_uri
 
 ANSWERS_SHOWN = 8
@@ -73,7 +74,8 @@ def _winner_and_endpoint(run: Run) -> Table | None:
         best = search["best"]
         settings = ", ".join(f"{key} {charts.setting(value)}" for key, value in best["params"].items())
         rank = f"trial {best['number']}, the best of {search['trials']}"
-        text = f"{rank}: {best['accuracy']:.1%} of the validation images after {best['epochs']} epochs with {settings}"
+        value = f"validation {title(search['metric'])} {told(search['metric'], best['value'])}"
+        text = f"{rank}: {value} after {best['epochs']} epochs with {settings}"
         rows.append((f"winner, {charts.SEARCH_NAMES[name]}", text))
     if export:
         model = f"{export['model']} version {export['version']} ({alias(export)})"

@@ -4,11 +4,32 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.run import Run, write_json
 from jobs.registry import tracking_uri
+
+PARENT, STAGE, TRIAL = "mlflow.parentRunId", "helio.stage", "helio.trial"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial that has ended."""
+
+    number: int
+    state: str
+    """Optuna's: COMPLETE, PRUNED or FAIL."""
+    params: Mapping[str, object]
+    metric: str
+    curve: Mapping[int, float]
+    """Value by epoch."""
+    began_ms: int
+    ended_ms: int
+    failures: Sequence[str]
+    tags: Mapping[str, str]
+    """Where it comes from."""
 
 
 class Tracker:
@@ -24,6 +45,8 @@ class Tracker:
         self._work: queue.SimpleQueue[Callable[[Any, str], object] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._board: Any = None
+        self._trials: set[tuple[str, int]] | None = None
+        """(stage, number) of each trial that MLflow has, once it was asked."""
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
 
     def __enter__(self) -> "Tracker":
@@ -70,6 +93,32 @@ class Tracker:
 
         self._work.put(write)
 
+    def trial(self, stage: str, trial: TrialRecord) -> None:
+        """Log a trial that has ended as a run below this one; one that is there already is left as it is."""
+
+        def write(client: Any, run_id: str) -> None:
+            from mlflow.entities import Metric, Param, RunTag
+
+            if self._trials is None:
+                self._trials = _trials_below(client, run_id)
+            if (stage, trial.number) in self._trials:
+                return
+            self._trials.add((stage, trial.number))
+            experiment = client.get_run(run_id).info.experiment_id
+            tags = {**trial.tags, PARENT: run_id, STAGE: stage, TRIAL: str(trial.number), "helio.state": trial.state}
+            name = f"{self._run.name} {stage} trial {trial.number}"
+            child = client.create_run(experiment, trial.began_ms, tags, name).info.run_id
+            client.log_batch(
+                child,
+                metrics=[Metric(trial.metric, value, trial.ended_ms, epoch) for epoch, value in trial.curve.items()],
+                params=[Param(key, str(value)) for key, value in trial.params.items()],
+                tags=[RunTag(f"helio.failure.{n}", cause[:500]) for n, cause in enumerate(trial.failures, start=1)],
+            )
+            status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED"}.get(trial.state, "FAILED")
+            client.set_terminated(child, status, trial.ended_ms)
+
+        self._work.put(write)
+
     def _write(self) -> None:
         try:
             import mlflow
@@ -101,6 +150,17 @@ class Tracker:
         client.set_tag(created.info.run_id, "helio.run_directory", str(self._run.directory))
         write_json(record, {"uri": uri, "run_id": created.info.run_id})
         return str(created.info.run_id)
+
+
+def _trials_below(client: Any, run_id: str) -> set[tuple[str, int]]:
+    experiment = client.get_run(run_id).info.experiment_id
+    found, token = set(), None
+    while True:
+        page = client.search_runs([experiment], f"tags.`{PARENT}` = '{run_id}'", page_token=token)
+        found |= {(run.data.tags[STAGE], int(run.data.tags[TRIAL])) for run in page}
+        token = page.token
+        if not token:
+            return found
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,62 +1,43 @@
-"""The search: Ray Tune runs fine-tuning trials, Optuna's TPE suggests them, ASHA stops the hopeless ones.
-
-    helio tune cifar10 data.source=cifar10_train
-    helio tune quickstart tune.trials=4 finetune.epochs=3
+"""The search: Ray Tune runs fine-tuning trials, Optuna suggests them and stops the hopeless ones.
 
 All trials read one decoded copy of the labelled images in Ray's object store. The baseline is the same search, with the
 same number of trials and epochs, from random weights.
 """
 
-import math
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from cluster.errors import HelioError
-from cluster.events import Event, listening
-from cluster.profile import Profile
-from cluster.recipe import Recipe
+from cluster.profile import TrialResources
 from cluster.run import Run
-from cluster.session import interruptible
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
+from jobs.evaluation.metrics import Metric, title, told
 from jobs.labelled import held_out, labelled_subset
 from jobs.model.config import ModelConfig
-from jobs.tracking import Tracker
-from jobs.training.checkpoint import Checkpoint
+from jobs.tracking import Tracker, TrialRecord
+from jobs.training.checkpoint import Checkpoint, read_state
 from jobs.training.config import OF_PRETRAINED, FinetuneConfig
+from jobs.training.finetune import Start
+from tuning import first
 from tuning.config import TuneConfig
-
-METRIC = "accuracy"
-
-
-def preflight(recipe: Recipe, profile: Profile) -> None:
-    """A checkpoint that the recipe names must be there and fit its model. Raises CheckpointError."""
-    given = recipe.section(TuneConfig).checkpoint
-    if given is not None:
-        model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
-        Checkpoint.open(given).check_model(model, image_size)
+from tuning.engine import Told, run_trials
+from tuning.ledger import Ledger, failures_of, params_of
+from tuning.objective import BEST, Finetuning, Material
+from tuning.slot import Limits
+from tuning.space import Space
+from tuning.storage import Storage, place_of
+from tuning.table import ENDS, TrialTable
 
 
-def run_stage(run: Run) -> dict[str, Any]:
-    """Search from the pre-trained backbone: the run's own, or that of `tune.checkpoint`."""
-    given = run.recipe.section(TuneConfig).checkpoint
-    checkpoint = Checkpoint.open(given or run.require("pretrain")["checkpoint"])
-    return _search(run, "tune", checkpoint)
-
-
-def run_baseline_stage(run: Run) -> dict[str, Any]:
-    """The same search from random weights, where every layer is always trained, and at one rate."""
-    return _search(run, "baseline", None)
-
-
-def _search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Search from a checkpoint's backbone, or from random weights; what was begun before is gone on with."""
     import ray
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    from jobs.training.finetune import Start
-    from tuning.study import StudySearch, distributions, open_storage
 
     config, base = run.recipe.section(TuneConfig), run.recipe.section(FinetuneConfig)
     dataset = Dataset.open(run.require("ingest")["dataset"])
@@ -67,167 +48,197 @@ def _search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, An
         seed=run.recipe.seed,
         weights=checkpoint.read("backbone") if checkpoint else None,
     )
-    space = {k: d for k, d in config.space.items() if checkpoint is not None or k not in OF_PRETRAINED}
+    dimensions = {k: d for k, d in config.space.items() if checkpoint is not None or k not in OF_PRETRAINED}
     if checkpoint is None:
         base = base.model_copy(update=OF_PRETRAINED)
+    directory = run.directory / stage
+    url, name = place_of(config, run.directory, stage)
+    storage, space = Storage(url), Space(dimensions, base)
+    run.cleanup.callback(storage.close)
+    earlier = first.find_earlier(config.warm_start, run, stage) if config.warm_start else None
+    beginning = first.make_beginning(config, space, run.recipe.seed, earlier)
+    if config.sampler == "grid":
+        config = config.model_copy(update={"trials": min(config.trials, len(beginning.points))})
+    ledger = Ledger(
+        storage,
+        name,
+        space,
+        config,
+        seed=run.recipe.seed,
+        epochs=base.epochs,
+        directory=directory,
+        beginning=beginning.of,
+    )
+    ledger.claim(
+        {
+            "space": {name: dimension.model_dump() for name, dimension in dimensions.items()},
+            "finetune": base.model_dump(),
+            "metric": config.metric,
+            "folds": config.folds,
+            "seeds": config.seeds,
+            "seed": run.recipe.seed,
+            "model": start.model.model_dump(),
+            "data set": dataset.fingerprint,
+            "start": read_state(checkpoint.directory).weights_sha256 if checkpoint else "scratch",
+        }
+    )
     labelled, validation = labelled_subset(run), held_out(run, "validation")
     run.progress.say(
         f"  {config.trials} trials of up to {base.epochs} epochs on {len(labelled.labels):,} labelled images"
     )
-    storage_file = run.directory / f"{stage}.db"
-    # A stage that did not finish begins anew: its trials are gone with the process that ran them.
-    storage_file.unlink(missing_ok=True)
-    whole = {name for name, field in FinetuneConfig.model_fields.items() if field.annotation is int}
-    sampler = _sampler(config, run.recipe.seed)
-    search = StudySearch(
-        last_iteration=base.epochs,
-        space=distributions(space, whole),
-        metric=METRIC,
-        mode="max",
-        sampler=sampler,
-        study_name=stage,
-        storage=open_storage(f"sqlite:///{storage_file}"),
-    )
+    before = ledger.trials()
+    if earlier is not None and not before:
+        run.progress.say(f"  {first.told(earlier)}")
+    if before:
+        ended = sum(trial.state.is_finished() for trial in before)
+        run.progress.say(f"  going on with study {ledger.study.study_name}: {ended} trials have ended")
     resources = run.profile.trials
-    trial_resources = {"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial}
-    with Tracker(run) as tracker, run.progress.task(f"search {stage}", config.trials * base.epochs, "epochs") as task:
-        table = _TrialTable()
+    table, started = TrialTable(ledger, config.metric), time.monotonic()
+    lineage = {
+        "helio.run": run.name,
+        "helio.study": f"{ledger.study.study_name} in {storage.shown}",
+        "helio.checkpoint": str(checkpoint.directory) if checkpoint else "scratch",
+        "helio.dataset_fingerprint": dataset.fingerprint,
+    }
+    total = config.trials * base.epochs
+    with (
+        Tracker(run) as tracker,
+        run.progress.task(f"search {stage}", total, "epochs", table.rendered) as task,
+    ):
 
-        def handle(event: Event) -> None:
-            table.add(event)
-            tracker.metrics(stage, {"accuracy": event["accuracy"]}, len(table.reports))
-            task.update(len(table.reports), trials=len(table.trials), best=table.best)
+        def log(trial: FrozenTrial) -> None:
+            tracker.trial(stage, _record(trial, config.metric, lineage))
 
-        with listening(handle) as events:
-            # Trials get a reference and map the images read-only from the object store: one copy a node.
-            shared = ray.put((start, labelled, validation))
-            trainable = tune.with_parameters(
-                _trial,
-                shared=[shared],
-                base=base,
-                threads=resources.threads_per_trial,
-                gpus=resources.gpus_per_trial,
-                events=events,
-            )
-            tuner = tune.Tuner(
-                tune.with_resources(trainable, trial_resources),
-                tune_config=tune.TuneConfig(
-                    metric=METRIC,
-                    mode="max",
-                    search_alg=search,
-                    scheduler=ASHAScheduler(
-                        max_t=base.epochs,
-                        grace_period=min(config.grace_epochs, base.epochs),
-                        reduction_factor=config.reduction_factor,
-                    ),
-                    num_samples=config.trials,
-                    max_concurrent_trials=resources.concurrent,
-                    time_budget_s=config.max_hours * 3600 if config.max_hours else None,
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(name=f"{stage}-trials", storage_path=str(run.directory), verbose=0),
-            )
-            started = time.monotonic()
-            interruptible(tuner.fit)
-            seconds = time.monotonic() - started
-    return _summary(search, base, checkpoint, storage_file, stage, seconds, run)
+        for trial in ledger.trials():
+            if trial.state.is_finished():
+                log(trial)
 
+        def tell(told: Told) -> None:
+            table.add(told)
+            if told.outcome in ENDS:
+                log(ledger.trials()[told.trial.number])
+            if told.outcome in (*ENDS, "again"):
+                run.progress.say(f"  {table.line(told)}")
+            if told.epoch is not None:
+                tracker.metrics(stage, told.epoch.figures, table.epochs)
+                task.update(table.epochs, trials=table.trials, best=table.best or 0.0)
 
-def _sampler(config: TuneConfig, seed: int) -> Any:
-    import optuna
-
-    # multivariate: learning rate, decay and augmentation act together (Optuna marks it experimental since 2.2).
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=config.startup_trials, multivariate=True)
-
-
-def _trial(
-    configuration: dict[str, Any], shared: list[Any], base: FinetuneConfig, threads: int, gpus: float, events: Any
-) -> None:
-    """One trial: fine-tune with the sampled settings and report validation accuracy after each epoch."""
-    import ray
-    from ray import tune
-
-    from jobs.training.device import set_up_tensorflow
-    from jobs.training.finetune import Finetuner
-
-    set_up_tensorflow(threads, gpus)
-    start, labelled, validation = ray.get(shared[0])
-    number = tune.get_context().get_trial_id()
-
-    finetuner = Finetuner(start)
-    for epoch, loss in finetuner.train(labelled, base.model_copy(update=configuration)):
-        if math.isnan(loss):
-            raise HelioError(f"not one step of epoch {epoch} had a finite gradient")
-        probabilities = finetuner.classifier.probabilities(validation.images)
-        accuracy = float((probabilities.argmax(axis=1) == validation.labels).mean())
-        events.put.remote({"trial": number, "epoch": epoch, "accuracy": accuracy})
-        tune.report({METRIC: accuracy, "loss": loss, "epoch": epoch})
+        # Trials get a reference and map the images read-only from the object store: one copy a node.
+        material = Material(start, labelled, validation)
+        if config.folds > 1:
+            material = Material(start, labelled + validation, None)
+        shared = ray.put(material)
+        make = Finetuning(
+            [shared],
+            base,
+            config.metric,
+            config.patience,
+            config.folds,
+            config.seeds,
+            resources.threads_per_trial,
+            resources.gpus_per_trial,
+        )
+        ended_by = run_trials(
+            ledger,
+            make,
+            Limits(config.epoch_timeout_s, resources.memory_gb),
+            slots=resources.concurrent,
+            resources={"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+            directory=directory,
+            tell=tell,
+            spent=lambda: _spent(config, table, time.monotonic() - started, resources),
+        )
+    if ended_by is not None:
+        run.progress.say(f"  the search has ended early: {ended_by}")
+    return _summary(ledger, storage, base, checkpoint, time.monotonic() - started, ended_by, run)
 
 
-class _TrialTable:
-    """What the trials have told so far."""
+def _record(trial: FrozenTrial, metric: Metric, lineage: dict[str, str]) -> TrialRecord:
+    return TrialRecord(
+        number=trial.number,
+        state=trial.state.name,
+        params=params_of(trial),
+        metric=metric,
+        curve=trial.intermediate_values,
+        began_ms=round(1000 * trial.datetime_start.timestamp()),
+        ended_ms=round(1000 * trial.datetime_complete.timestamp()),
+        failures=[failure.cause for failure in failures_of(trial)],
+        tags=lineage,
+    )
 
-    def __init__(self) -> None:
-        self.reports: list[Event] = []
-        self.trials: set[str] = set()
-        self.best = 0.0
 
-    def add(self, event: Event) -> None:
-        self.reports.append(event)
-        self.trials.add(event["trial"])
-        self.best = max(self.best, event["accuracy"])
+def _spent(config: TuneConfig, table: TrialTable, seconds: float, resources: TrialResources) -> str | None:
+    """Which budget of the recipe is used up, in words."""
+    if config.max_hours is not None and seconds > 3600 * config.max_hours:
+        return f"tune.max_hours={config.max_hours:g} are over"
+    if config.max_device_hours is not None:
+        used = table.ledger.all_busy_s() * (resources.gpus_per_trial or resources.cpus_per_trial) / 3600
+        if used > config.max_device_hours:
+            return f"tune.max_device_hours={config.max_device_hours:g} are used up ({used:.2f})"
+    best = table.best
+    if config.target is not None and best is not None and table.ledger.better((best, config.target)) == best:
+        return f"tune.target={config.target:g} is reached"
+    limit = config.max_trials_without_gain
+    if limit is not None and table.without_gain >= limit:
+        return f"the last {table.without_gain} trials were no better (tune.max_trials_without_gain={limit})"
+    return None
 
 
 def _summary(
-    search: Any,
+    ledger: Ledger,
+    storage: Storage,
     base: FinetuneConfig,
     checkpoint: Checkpoint | None,
-    storage: Path,
-    stage: str,
     seconds: float,
+    ended_by: str | None,
     run: Run,
 ) -> dict[str, Any]:
     """The stage's result, read from the study: states, each trial's curve, and the winner's full configuration."""
-    import optuna
-
-    study = search._ot_study
-    trials = study.get_trials(deepcopy=False)
-    states = {state.name: sum(t.state is state for t in trials) for state in optuna.trial.TrialState}
-    measured = [t for t in trials if t.intermediate_values and t.state is not optuna.trial.TrialState.FAIL]
-    if not measured:
+    trials, found, metric = ledger.trials(), ledger.best(), run.recipe.section(TuneConfig).metric
+    states = Counter(trial.state.name for trial in trials)
+    if found is None:
         raise HelioError(f"no trial of the search reported a result: see {run.directory / 'run.log'}")
-    # The best epoch counts, also of a trial that was pruned later: export retrains for that many epochs.
-    best = max(measured, key=lambda t: max(t.intermediate_values.values()))
-    epochs = max(best.intermediate_values, key=lambda epoch: best.intermediate_values[epoch])
-    accuracy = best.intermediate_values[epochs]
-    configuration = base.model_copy(update=best.params)
-    shown = ", ".join(f"{name} {value:.3g}" for name, value in best.params.items())
+    best, epochs, value = found
+    params = params_of(best)
+    shown = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in params.items())
     run.progress.say(
-        f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; "
-        f"best: trial {best.number}, validation accuracy {accuracy:.1%} after {epochs} epochs ({shown})"
+        f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; best: trial "
+        f"{best.number}, validation {title(metric)} {told(metric, value)} after {epochs} epochs ({shown})"
     )
+    weights = Path(best.user_attrs["directory"]) / BEST
     return {
         "initial": str(checkpoint.directory) if checkpoint else "scratch",
         "trials": len(trials),
-        "states": {name: count for name, count in states.items() if count},
+        "states": dict(states),
+        "ended_by": ended_by,
         "seconds": round(seconds, 2),
-        "study": str(storage),
-        "study_name": stage,
+        "busy_s": round(ledger.all_busy_s(), 2),
+        "study": storage.shown,
+        "study_name": ledger.study.study_name,
+        "metric": metric,
         "best": {
             "number": best.number,
-            "accuracy": accuracy,
+            "value": value,
+            "figures": best.user_attrs["figures"],
             "epochs": epochs,
-            "params": best.params,
-            "config": configuration.model_dump(),
+            "params": params,
+            "config": base.model_copy(update=params).model_dump(),
+            "weights": str(weights) if weights.exists() else None,
         },
-        "history": [
-            {
-                "number": trial.number,
-                "state": trial.state.name,
-                "params": trial.params,
-                "curve": [trial.intermediate_values[epoch] for epoch in sorted(trial.intermediate_values)],
-                "seconds": round(trial.duration.total_seconds(), 2) if trial.duration else None,
-            }
-            for trial in trials
-        ],
+        "history": history(trials),
     }
+
+
+def history(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
+    """Trials as they stand in results and reports."""
+    return [
+        {
+            "number": trial.number,
+            "state": trial.state.name,
+            "params": params_of(trial),
+            "curve": [trial.intermediate_values[epoch] for epoch in sorted(trial.intermediate_values)],
+            "seconds": round(trial.duration.total_seconds(), 2) if trial.duration else None,
+            "failures": [vars(failure) for failure in failures_of(trial)],
+        }
+        for trial in trials
+    ]

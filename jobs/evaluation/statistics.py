@@ -52,6 +52,16 @@ def estimate(values: NDArray[np.generic]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
+def accuracy(right: NDArray[np.bool_]) -> Estimate:
+    """Of one model, bool [images]: Wilson's score interval (1927), which holds where all answers are right, too."""
+    from scipy.stats import norm
+
+    n, mean, z = len(right), float(right.mean()), float(norm.ppf((1 + CONFIDENCE) / 2))
+    middle = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
+    return Estimate(mean, max(0.0, middle - half), min(1.0, middle + half))
+
+
 def difference(right: Right, other: Right) -> Estimate:
     """By how much `right` is more accurate than `other`, paired by seed and by image.
 

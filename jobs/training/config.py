@@ -154,12 +154,16 @@ def total_steps(order: "Order", config: PretrainConfig) -> int:
 
 
 class FinetuneConfig(Section):
-    """Fine-tuning on the labelled subset. `tune.space` searches over any of its numbers and choices."""
+    """Fine-tuning on the labelled subset. `tune.space` searches over its numbers and choices."""
 
     labels_fraction: float = Field(default=0.1, gt=0, le=1)
     """Share of each class's training images whose labels may be used."""
     epochs: int = Field(default=10, ge=1)
     global_batch_size: int = Field(default=64, ge=1)
+    optimizer: Literal["adamw", "sgd", "lars", "lamb"] = "adamw"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd (Nesterov's) and lars."""
+    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
     learning_rate: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=1e-4, ge=0)
     augment_strength: float = Field(default=1.0, ge=0, le=2)
@@ -181,8 +185,8 @@ class ExportConfig(Section):
     """What becomes of the best trial."""
 
     retrain_on: Literal["train", "train+validation"] = "train"
-    """What the winner is trained on once more before it is tested once on the test split: the labelled subset, or with
-    the whole validation split, which may hold more labels than the subset."""
+    """What the winner is trained on before it is tested once on the test split: the labelled subset, as the search has
+    done it, or once more and with the whole validation split, which may hold more labels than the subset."""
     promote: Literal["if_better", "always", "never"] = "if_better"
     """`if_better`: the candidate becomes champion where it beats the present one on the test split; `always`: whatever
     the present one does there, for one that can no longer be compared."""

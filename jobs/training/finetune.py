@@ -4,13 +4,16 @@ Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.run import write_atomic
 from jobs.data.augment import augment_batch, draw
 from jobs.data.config import AugmentConfig
 from jobs.data.mix import mix, mix_share, partner
@@ -27,19 +30,45 @@ if TYPE_CHECKING:
     Answer = Callable[[tf.Tensor], tf.Tensor]
 
 EVALUATION_BATCH = 256
+KEPT_BYTES = 2**28
+"""What the features that frozen backbones have made may take."""
+
+Batch = tuple[NDArray[Any], NDArray[np.float32]]
+"""Images or their features, and targets, a row each."""
+
+
+class Chosen:
+    """Rows of an array, which are copied when they are asked for."""
+
+    def __init__(self, images: "Images", rows: NDArray[np.int64]) -> None:
+        self._images, self._rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, places: Any) -> NDArray[np.uint8]:
+        return self._images[self._rows[places]]
+
+
+Images = NDArray[np.uint8] | Chosen
+"""[n, height, width, channel]."""
 
 
 @dataclass(frozen=True)
 class LabelledImages:
     """Decoded images with their labels and ids."""
 
-    images: NDArray[np.uint8]
+    images: Images
     labels: NDArray[np.int32]
     ids: list[str]
 
     def __add__(self, other: "LabelledImages") -> "LabelledImages":
-        images = np.concatenate([self.images, other.images])
+        images = np.concatenate([self.images[:], other.images[:]])
         return LabelledImages(images, np.concatenate([self.labels, other.labels]), self.ids + other.ids)
+
+    def take(self, rows: NDArray[np.int64]) -> "LabelledImages":
+        """Some of them, whose pixels are not copied."""
+        return LabelledImages(Chosen(self.images, rows), self.labels[rows], [self.ids[row] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -63,12 +92,12 @@ class Classifier:
     answer: "Answer"
     """Probabilities of a batch of images, compiled."""
 
-    def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def probabilities(self, images: Images) -> NDArray[np.float32]:
         """Float32 [n, classes]."""
         return apply(self.answer, images)
 
 
-def apply(compiled: "Answer", images: NDArray[np.uint8]) -> NDArray[np.float32]:
+def apply(compiled: "Answer", images: NDArray[Any] | Chosen) -> NDArray[np.float32]:
     """What a compiled function makes of each image, [n, …], in batches."""
     import tensorflow as tf
 
@@ -76,7 +105,7 @@ def apply(compiled: "Answer", images: NDArray[np.uint8]) -> NDArray[np.float32]:
     for start in range(0, len(images), EVALUATION_BATCH):
         batch = images[start : start + EVALUATION_BATCH]
         # One shape, one compilation: the last batch is filled up.
-        padded = np.pad(batch, [(0, EVALUATION_BATCH - len(batch)), (0, 0), (0, 0), (0, 0)])
+        padded = np.pad(batch, [(0, EVALUATION_BATCH - len(batch)), *[(0, 0)] * (batch.ndim - 1)])
         parts.append(compiled(tf.constant(padded)).numpy()[: len(batch)])
     return np.concatenate(parts)
 
@@ -90,9 +119,25 @@ class Progress:
     """Of backbone, head and optimizer."""
 
 
+def save_arrays(file: Path, arrays: Sequence[NDArray[Any]]) -> None:
+    """Write arrays, in their order, so that a reader sees all of them or none."""
+
+    def write(target: Path) -> None:
+        with target.open("wb") as opened:
+            np.savez(opened, *arrays)
+
+    write_atomic(file, write)
+
+
+def load_arrays(file: Path) -> Arrays:
+    """The same back."""
+    with np.load(file) as saved:
+        return [saved[name] for name in saved.files]
+
+
 @dataclass(frozen=True)
 class _Step:
-    """What is compiled for some number of frozen stages."""
+    """What is compiled for some number of frozen stages and an optimizer."""
 
     optimizer: "keras.optimizers.Optimizer"
     untouched: list[Any]
@@ -119,15 +164,28 @@ class Finetuner:
         head = keras.Sequential([keras.Input((backbone.output_shape[-1],)), dense], name="head")
         answer = tf.function(lambda x: tf.nn.softmax(head(backbone(x, training=False), training=False)))
         self._classifier = Classifier(backbone, head, answer)
-        self._initial = [*backbone.get_weights(), *head.get_weights()]
-        self._weight_decay, self._layer_decay, self._dropout = (tf.Variable(0.0, trainable=False) for _ in range(3))
-        self._steps: dict[int, _Step] = {}
+        self._embed = tf.function(lambda x: tf.cast(backbone(x, training=False), tf.float32))
+        self._answer_features = tf.function(lambda x: tf.nn.softmax(head(x, training=False)))
+        self._kept = _Kept()
+        self._initial = self.weights()
+        self._weight_decay, self._layer_decay, self._momentum, self._dropout = (
+            tf.Variable(0.0, trainable=False) for _ in range(4)
+        )
+        self._steps: dict[tuple[int, str], _Step] = {}
+        self._frozen = False
         self._position: tuple[int, _Step]
 
     @property
     def classifier(self) -> Classifier:
         """What has become of the model so far."""
         return self._classifier
+
+    def probabilities(self, images: Images) -> NDArray[np.float32]:
+        """Of the classifier, float32 [n, classes]; features of a frozen backbone are computed once."""
+        if not self._frozen:
+            return self._classifier.probabilities(images)
+        features, _ = self._kept.of(images, (), lambda: (apply(self._embed, images), np.zeros(0, np.float32)))
+        return apply(self._answer_features, features)
 
     def train(
         self,
@@ -145,6 +203,8 @@ class Finetuner:
         optimizer steps, whatever `config.epochs` says, and the last epoch ends with them. It goes on from `progress`
         of a training with the same settings.
         """
+        import tensorflow as tf
+
         from jobs.training.schedule import learning_rates
 
         batch = min(config.global_batch_size, len(data.labels))
@@ -152,7 +212,7 @@ class Finetuner:
         total = steps or epoch_steps * config.epochs
         # Warm-up takes an epoch, but never most of a training that has few.
         warmup = min(epoch_steps, total // 10)
-        rates = learning_rates("cosine", config.learning_rate, total, warmup)
+        rates = learning_rates(config.schedule, config.learning_rate, total, warmup)
         last = total if epochs is None else min(total, epochs * epoch_steps)
         step = self._begin(config)
         if progress is not None:
@@ -160,14 +220,18 @@ class Finetuner:
                 variable.assign(value)
         augment = config.augment.model_copy(update={"strength": config.augment.strength * config.augment_strength})
         for epoch in range(progress.epochs if progress else 0, -(-last // epoch_steps)):
+            whole = self._epoch_features(data, augment, epoch) if self._frozen else None
             order = np.random.default_rng([self._start.seed, epoch]).permutation(len(data.labels))
             numbers, summed, moved = range(epoch * epoch_steps, min((epoch + 1) * epoch_steps, last)), 0.0, 0
             for place, number in enumerate(numbers):
                 rows = order[place * batch : (place + 1) * batch]
                 step.optimizer.learning_rate = rates[number]
-                loss, _, skipped = step.run(*self._batch(data, rows, augment, epoch, config.label_smoothing)).numpy()[
-                    :3
-                ]
+                inputs, targets = (
+                    self._batch(data, rows, augment, epoch) if whole is None else (part[rows] for part in whole)
+                )
+                smoothing = config.label_smoothing
+                targets = targets * (1 - smoothing) + np.float32(smoothing / self._start.classes)
+                loss, _, skipped = step.run(tf.constant(inputs), tf.constant(targets)).numpy()[:3]
                 summed, moved = summed + loss, moved + 1 - int(skipped)
             self._position = epoch + 1, step
             yield epoch + 1, summed / moved if moved else math.nan
@@ -177,6 +241,15 @@ class Finetuner:
         epochs, step = self._position
         return Progress(epochs, [variable.numpy() for variable in self._variables(step)])
 
+    def weights(self) -> Arrays:
+        """Of backbone and head, as they are now."""
+        return [*self._classifier.backbone.get_weights(), *self._classifier.head.get_weights()]
+
+    def assign(self, weights: Arrays) -> None:
+        """Take weights up that were told before."""
+        backbone, head = self._classifier.backbone, self._classifier.head
+        assign([*backbone.weights, *head.weights], weights, "backbone and head")
+
     def _variables(self, step: _Step) -> list[Any]:
         return [*self._classifier.backbone.weights, *self._classifier.head.weights, *step.optimizer.variables]
 
@@ -184,17 +257,20 @@ class Finetuner:
         """The step of a training whose weights are the initial ones again."""
         classifier = self._classifier
         freeze(classifier.backbone, config.unfrozen_stages)
-        step = self._steps.get(config.unfrozen_stages)
+        self._frozen = config.unfrozen_stages == 0
+        kind = config.unfrozen_stages, config.optimizer
+        step = self._steps.get(kind)
         if step is None:
-            step = self._steps[config.unfrozen_stages] = self._compile(config.unfrozen_stages)
+            step = self._steps[kind] = self._compile(*kind)
         for variable, value in zip(self._variables(step), [*self._initial, *step.untouched], strict=True):
             variable.assign(value)
         self._weight_decay.assign(config.weight_decay)
         self._layer_decay.assign(config.layer_decay)
+        self._momentum.assign(config.momentum)
         self._dropout.assign(config.head_dropout)
         return step
 
-    def _compile(self, unfrozen_stages: int) -> _Step:
+    def _compile(self, unfrozen_stages: int, kind: str) -> _Step:
         import tensorflow as tf
 
         from jobs.training.step import Objective, make_step, moving_statistics
@@ -202,13 +278,13 @@ class Finetuner:
         backbone, head = self._classifier.backbone, self._classifier.head
         variables = [*backbone.trainable_variables, *head.trainable_variables]
         levels = [*depths(backbone), *((variable, 0) for variable in head.trainable_variables)]
-        optimizer = build_optimizer("adamw", 0.0, self._weight_decay, layers=(levels, self._layer_decay))
+        optimizer = build_optimizer(kind, 0.0, self._weight_decay, self._momentum, (levels, self._layer_decay))
         optimizer.build(variables)
-        # A frozen backbone keeps its statistics too; one in training mode would still move them.
-        training = unfrozen_stages != 0
+        frozen = self._frozen
 
-        def logits(images: tf.Tensor) -> tf.Tensor:
-            embeddings = backbone(images, training=training)
+        def logits(inputs: tf.Tensor) -> tf.Tensor:
+            # Of a frozen backbone they are features, and its statistics do not move.
+            embeddings = inputs if frozen else backbone(inputs, training=True)
             seed = tf.stack([self._start.seed, tf.cast(optimizer.iterations, tf.int32)])
             kept = tf.random.stateless_uniform(tf.shape(embeddings), seed) >= self._dropout
             return head(tf.where(kept, embeddings / (1 - self._dropout), 0.0), training=True)
@@ -222,11 +298,21 @@ class Finetuner:
         )
         return _Step(optimizer, [variable.numpy() for variable in optimizer.variables], run)
 
-    def _batch(
-        self, data: LabelledImages, rows: NDArray[np.int64], augment: AugmentConfig, epoch: int, smoothing: float
-    ) -> "tuple[tf.Tensor, tf.Tensor]":
-        import tensorflow as tf
+    def _epoch_features(self, data: LabelledImages, augment: AugmentConfig, epoch: int) -> Batch:
+        """Features of all images as an epoch shows them, float32 [n, dimension], by a frozen backbone; and targets."""
 
+        def make() -> Batch:
+            rows = np.arange(len(data.labels))
+            chunks = np.split(rows, range(EVALUATION_BATCH, len(rows), EVALUATION_BATCH))
+            batches = [self._batch(data, chunk, augment, epoch) for chunk in chunks]
+            features = np.concatenate([apply(self._embed, images) for images, _ in batches])
+            return features, np.concatenate([targets for _, targets in batches])
+
+        # Without augmentation all epochs show the same.
+        return self._kept.of(data.images, (augment, epoch if augment.strength else 0), make)
+
+    def _batch(self, data: LabelledImages, rows: NDArray[np.int64], augment: AugmentConfig, epoch: int) -> Batch:
+        """(images as an epoch shows them, uint8 [n, height, width, channel]; targets, float32 [n, classes])."""
         start = self._start
 
         def view(rows: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -242,5 +328,26 @@ class Finetuner:
                 images[number], share = mix(images[number], other, mix_share(augment, draws[number]))
                 targets[number] *= share
                 targets[number, data.labels[others[number]]] += 1 - share
-        targets = targets * (1 - smoothing) + np.float32(smoothing / start.classes)
-        return tf.constant(images), tf.constant(targets)
+        return images, targets
+
+
+class _Kept:
+    """What a frozen backbone makes of images, for the next time that it sees the same ones."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[Hashable, tuple[Images, Batch]] = OrderedDict()
+
+    def of(self, images: Images, shown: Hashable, make: "Callable[[], Batch]") -> Batch:
+        """Made once for these images as they are `shown`, while there is room."""
+        key = id(images), shown
+        if key not in self._found:
+            # The images are held, too, so that their address stays theirs.
+            self._found[key] = images, make()
+            while len(self._found) > 1 and sum(_bytes(batch) for _, batch in self._found.values()) > KEPT_BYTES:
+                self._found.popitem(last=False)
+        self._found.move_to_end(key)
+        return self._found[key][1]
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(array.nbytes for array in batch)

@@ -30,10 +30,10 @@ def build_optimizer(
     kind: str,
     learning_rate: "float | keras.optimizers.schedules.LearningRateSchedule",
     weight_decay: "float | tf.Variable",
-    momentum: float = 0.9,
+    momentum: "float | tf.Variable" = 0.9,
     layers: "tuple[Sequence[tuple[keras.Variable, int]], tf.Variable] | None" = None,
 ) -> "keras.optimizers.Optimizer":
-    """`sgd` (Nesterov where there is momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
+    """`sgd` (with Nesterov's momentum), `adamw` (Loshchilov & Hutter 2019), `lars` or `lamb`.
 
     Decay is decoupled, but for `lars`, whose trust ratio takes it in. `layers` are the depths of the variables and the
     share of the learning rate that one layer has of the next. Where layers compute in float16 it is a
@@ -41,16 +41,16 @@ def build_optimizer(
     """
     import keras
 
-    from jobs.training.lars import Lars
     from jobs.training.layerwise import layerwise
+    from jobs.training.momentum import Lars, Nesterov
 
-    classes = {"sgd": keras.optimizers.SGD, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb}
-    chosen = Lars if kind == "lars" else classes[kind]
+    classes = {"sgd": Nesterov, "adamw": keras.optimizers.AdamW, "lamb": keras.optimizers.Lamb, "lars": Lars}
+    chosen = classes[kind]
     decays = not (isinstance(weight_decay, float) and weight_decay == 0)
     # AdamW alone takes no None.
     settings: dict[str, Any] = {"weight_decay": weight_decay if decays or kind == "adamw" else None}
     if kind == "sgd":
-        settings |= {"momentum": momentum, "nesterov": momentum > 0}
+        settings["momentum"] = momentum
     if kind == "lars":
         settings = {"momentum": momentum, "decay": weight_decay}
     optimizer: keras.optimizers.Optimizer = (layerwise(chosen, *layers) if layers else chosen)(

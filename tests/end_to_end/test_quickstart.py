@@ -1,13 +1,15 @@
 """The whole way once: what `helio run quickstart` leaves behind is true."""
 
 import json
-import sqlite3
 from pathlib import Path
 
+import optuna
 import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
 
 from jobs.bundle import Bundle
-from jobs.registry import Registry
+from jobs.registry import Registry, tracking_uri
 from tests.end_to_end.conftest import Walk
 
 RESULT_KEYS = {
@@ -58,14 +60,9 @@ def test_both_workers_held_the_same_weights_and_the_probe_was_logged_each_epoch(
 def test_pruned_trials_are_pruned_in_the_study_with_their_curve(walk: Walk) -> None:
     for stage in ("tune", "baseline"):
         result = walk.results["stages"][stage]
-        with sqlite3.connect(result["study"]) as database:
-            states = [state for (state,) in database.execute("select state from trials order by number")]
-            steps = dict(
-                database.execute(
-                    "select t.number, max(v.step) from trials t join trial_intermediate_values v using (trial_id) "
-                    "group by t.number"
-                )
-            )
+        trials = optuna.load_study(study_name=result["study_name"], storage=result["study"]).trials
+        states = [trial.state.name for trial in trials]
+        steps = [trial.last_step for trial in trials]
         assert len(states) == result["trials"] == 10
         assert set(states) <= {"COMPLETE", "PRUNED"}
         epochs = result["best"]["config"]["epochs"]
@@ -83,7 +80,27 @@ def test_the_model_is_registered_and_its_trail_leads_back_to_the_images(walk: Wa
     assert lineage["dataset_fingerprint"] == walk.results["stages"]["ingest"]["fingerprint"]
     assert lineage["pretrain_weights_sha256"] == walk.results["stages"]["pretrain"]["weights_sha256"]
     assert lineage["trial"] == walk.results["stages"]["tune"]["best"]["number"]
+    metrics = champion.open().manifest["metrics"]
+    low, high = metrics["test_accuracy_95"]
+    assert low < metrics["test_accuracy"] < high < low + 0.1
     assert lineage["recipe"] == json.loads((walk.run / "run.json").read_text())["recipe"]
+
+
+def test_every_trial_is_in_mlflow_with_its_lineage(walk: Walk, environment: None) -> None:
+    client = MlflowClient(tracking_uri(walk.directory / "helio-workspace"))
+    parent = json.loads((walk.run / "mlflow_run").read_text())["run_id"]
+    experiment = client.get_run(parent).info.experiment_id
+    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    for stage in ("tune", "baseline"):
+        result = walk.results["stages"][stage]
+        trials = {int(r.data.tags["helio.trial"]): r for r in found if r.data.tags["helio.stage"] == stage}
+        assert trials.keys() == set(range(result["trials"]))
+        best = trials[result["best"]["number"]]
+        curve = client.get_metric_history(best.info.run_id, result["metric"])
+        assert max(point.value for point in curve) == pytest.approx(result["best"]["value"])
+        assert best.data.params == {name: str(value) for name, value in result["best"]["params"].items()}
+        assert best.data.tags["helio.checkpoint"] == result["initial"]
+        assert best.data.tags["helio.dataset_fingerprint"] == walk.results["stages"]["ingest"]["fingerprint"]
 
 
 def test_the_user_saw_results_and_none_of_the_noise(walk: Walk) -> None:

@@ -25,7 +25,7 @@ from jobs.evaluation.cells import Cell, Finetuning, pack, unpack
 from jobs.evaluation.config import EvaluateConfig
 from jobs.evaluation.page import evaluation_page
 from jobs.evaluation.protocol import Protocol
-from jobs.evaluation.statistics import difference, estimate
+from jobs.evaluation.statistics import accuracy, difference, estimate
 from jobs.evaluation.verdict import lacks_gain, no_verdict, overall
 from jobs.model.config import ModelConfig
 from jobs.registry import Registry
@@ -82,7 +82,7 @@ def searched(run: Run) -> None:
     config = run.recipe.section(FinetuneConfig).model_dump()
     starts = {"tune": run.require("pretrain")["checkpoint"], "baseline": "scratch"}
     for stage, initial in starts.items():
-        best = {"number": 0, "accuracy": 0.5, "epochs": 4, "params": {}, "config": config}
+        best = {"number": 0, "value": 0.5, "weights": None, "epochs": 4, "params": {}, "config": config}
         result = {"initial": initial, "study_name": stage, "best": best, "trials": 1, "states": {}, "history": []}
         write_json(run.directory / "stages" / f"{stage}.json", {"result": result, "seconds": 1.0})
 
@@ -319,6 +319,14 @@ def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say(scatter: f
         found = difference(generator.random((3, 300)) < gained, generator.random((3, 300)) < chance)
         held += found.low <= 0.1 <= found.high
     assert held / 400 > 0.93
+
+
+def test_the_interval_of_one_accuracy_is_wilsons() -> None:
+    # Newcombe 1998, table I: 81 of 263.
+    found = accuracy(np.arange(263) < 81)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.3080, 0.2553, 0.3662), abs=5e-5)
+    assert accuracy(np.ones(20, bool)).high == 1.0
+    assert 0.8 < accuracy(np.ones(20, bool)).low < 1.0
 
 
 def test_right_answers_survive_being_written() -> None:

@@ -73,10 +73,17 @@ def search(name: str, initial: str, shift: float) -> dict[str, Any]:
         trial(2, "FAIL", [], learning_rate=0.1),
         trial(3, "RUNNING", [0.2 + shift], learning_rate=0.02),
     ]
-    best = {"number": 1, "accuracy": 0.6 + shift, "epochs": 2, "params": history[1]["params"], "config": {}}
+    best = {"number": 1, "value": 0.6 + shift, "epochs": 2, "params": history[1]["params"], "config": {}}
     states = {"PRUNED": 1, "COMPLETE": 1, "FAIL": 1, "RUNNING": 1}
-    common = {"trials": 4, "states": states, "seconds": 3.0, "study": f"{name}.db", "study_name": name}
-    return {"initial": initial, **common, "best": best, "history": history}
+    common = {
+        "trials": 4,
+        "states": states,
+        "seconds": 3.0,
+        "study": f"{name}.db",
+        "study_name": name,
+        "metric": "accuracy",
+    }
+    return {"initial": initial, "metric": "accuracy", **common, "best": best, "history": history}
 
 
 UNTRAINED = {
@@ -340,7 +347,7 @@ def test_the_page_of_results_tells_what_was_found(finished: Run) -> None:
     for part in (
         "test, 200 images 92.5% from scratch 90.0% +2.5 points",
         "80.0% random backbone 50.0% +30.0 points",
-        "trial 1, the best of 4: 90.0% of the validation images after 2 epochs with learning_rate 0.00125",
+        "trial 1, the best of 4: validation accuracy 90.0% after 2 epochs with learning_rate 0.00125",
         "quickstart version 4 (champion), digest dddddddddddd",
         ENDPOINT,
         "60.0% of 5 held-out images right, median latency 11.5 ms",

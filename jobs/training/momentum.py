@@ -1,4 +1,4 @@
-"""LARS: You, Gitman, Ginsburg, 'Large Batch Training of Convolutional Networks', 2017."""
+"""Optimizers with momentum, which may be a variable of what is compiled: Keras's own takes a number alone."""
 
 from typing import Any
 
@@ -11,13 +11,40 @@ TRUST = 1e-3
 """Share of a layer's norm that a step may change it by (eta)."""
 
 
-class Lars(keras.optimizers.Optimizer):
-    """Momentum, with a rate of its own for each layer: TRUST * |w| / |g + decay * w| (equation 6).
+class Nesterov(keras.optimizers.Optimizer):
+    """SGD with Nesterov's momentum (Sutskever et al. 2013, equations 3 and 4, in the form that Keras has)."""
 
+    def __init__(self, learning_rate: Any, momentum: Any = 0.9, **settings: Any) -> None:
+        super().__init__(learning_rate, name="nesterov", **settings)
+        self._momentum = momentum
+
+    def build(self, variables: list[keras.Variable]) -> None:
+        """One momentum a variable."""
+        if self.built:
+            return
+        super().build(variables)
+        self._momentums = self.add_optimizer_variables(variables, "momentum")
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Change a variable by its gradient."""
+        change = ops.cast(learning_rate, variable.dtype) * gradient
+        momentum = self._momentums[self._get_variable_index(variable)]
+        self.assign(momentum, self._momentum * momentum - change)
+        self.assign_add(variable, self._momentum * momentum - change)
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras makes one anew from."""
+        return {**super().get_config(), "momentum": self._momentum}
+
+
+class Lars(keras.optimizers.Optimizer):
+    """LARS (You, Gitman, Ginsburg, 'Large Batch Training of Convolutional Networks', 2017).
+
+    Momentum, with a rate of its own for each layer: TRUST * |w| / |g + decay * w| (equation 6).
     Biases and what normalisation learns are neither adapted nor decayed, as in SimCLR and Barlow Twins.
     """
 
-    def __init__(self, learning_rate: Any, momentum: float = 0.9, decay: float = 0.0, **settings: Any) -> None:
+    def __init__(self, learning_rate: Any, momentum: Any = 0.9, decay: Any = 0.0, **settings: Any) -> None:
         super().__init__(learning_rate, name="lars", **settings)
         self._momentum, self._decay = momentum, decay
 

@@ -1,0 +1,139 @@
+"""What a search has taught, in words: which settings mattered, and which ranges are exhausted or too wide."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from jobs.evaluation.metrics import Metric, better, title, told
+from tuning.config import Dimension
+from tuning.ledger import best_of, failures_of, params_of
+
+ENOUGH = 10
+"""Trials below which nothing is said of importance or of ranges."""
+BEST_SHARE = 0.2
+EDGE = 0.1
+"""Share of a range, in its own scale, that counts as its end."""
+MATTERS, HARDLY = 0.1, 0.02
+"""Importance from which a setting is named, and below which it could as well be fixed."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Trials that can be compared: all that have a value after the same epoch."""
+
+    study: optuna.Study
+    """In memory; each trial is COMPLETE with that value."""
+    epoch: int
+    trials: list[FrozenTrial]
+
+
+def comparable(trials: Sequence[FrozenTrial], direction: str) -> Compared:
+    """The trials that did not fail, by their value after the last epoch that nearly all of them have reached.
+
+    Values of pruned trials at their ends are of other epochs than those of finished ones.
+    """
+    measured = [trial for trial in trials if trial.intermediate_values and trial.state is not TrialState.FAIL]
+    reached = sorted(max(trial.intermediate_values) for trial in measured)
+    epoch = reached[len(reached) // 20] if reached else 0
+    kept = [trial for trial in measured if epoch in trial.intermediate_values]
+    study = optuna.create_study(direction=direction)
+    study.add_trials(
+        optuna.trial.create_trial(
+            params=trial.params, distributions=trial.distributions, value=trial.intermediate_values[epoch]
+        )
+        for trial in kept
+    )
+    return Compared(study, epoch, kept)
+
+
+def importances(compared: Compared) -> dict[str, float]:
+    """Share of the differences that each setting explains (functional ANOVA, Hutter et al. 2014), the largest first.
+
+    Of the settings that every trial has; none where there are too few trials to tell.
+    """
+    if len(compared.trials) < ENOUGH or len({trial.value for trial in compared.study.trials}) < 2:
+        return {}
+    found = optuna.importance.get_param_importances(
+        compared.study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0)
+    )
+    return dict(found)
+
+
+def in_words(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metric: Metric) -> list[str]:
+    """Sentences on a search."""
+    found = best_of(trials, metric)
+    if found is None:
+        return ["No trial has reported a result."]
+    best, epoch, value = found
+    settings = ", ".join(f"{name} {_shown(v)}" for name, v in params_of(best).items())
+    lines = [
+        f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after {epoch} epochs, {settings}."
+    ]
+    compared = comparable(trials, "minimize" if better(metric, (0, 1)) == 0 else "maximize")
+    weights = importances(compared)
+    if not weights:
+        lines.append(f"With fewer than {ENOUGH} trials that differ, nothing can be said of what mattered.")
+        return lines + failures(trials)
+    named = [f"{name} ({share:.0%})" for name, share in weights.items() if share >= MATTERS]
+    lines.append(
+        f"What mattered, by the value after {compared.epoch} epochs: {', '.join(named)} of the differences."
+        if named
+        else "No single setting explains a tenth of the differences."
+    )
+    if idle := [name for name, share in weights.items() if share < HARDLY]:
+        lines.append(f"Hardly mattered: {', '.join(idle)}. The trials are better spent on the others.")
+    return lines + ranges(trials, space, metric) + failures(trials)
+
+
+def ranges(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metric: Metric) -> list[str]:
+    """Which ranges the best trials press against."""
+    measured = [trial for trial in trials if trial.intermediate_values and trial.state is not TrialState.FAIL]
+    if len(measured) < ENOUGH:
+        return []
+    sign = -1 if better(metric, (0, 1)) == 1 else 1
+    ranked = sorted(measured, key=lambda trial: sign * better(metric, trial.intermediate_values.values()))
+    top = ranked[: max(3, round(BEST_SHARE * len(ranked)))]
+    lines = []
+    for name, dimension in space.items():
+        if dimension.choices is not None:
+            continue
+        places = [place(dimension, float(params_of(trial)[name])) for trial in top if name in params_of(trial)]
+        if len(places) < 3:
+            continue
+        low, high = (float(v) for v in dimension.values())
+        for end, near in (("lower", [p <= EDGE for p in places]), ("upper", [p >= 1 - EDGE for p in places])):
+            if sum(near) > len(near) / 2:
+                bound = low if end == "lower" else high
+                lines.append(
+                    f"{name} is exhausted at its {end} end: {sum(near)} of the {len(near)} best trials lie there "
+                    f"({_shown(bound)}). Widen the range there."
+                )
+        if max(places) - min(places) < 0.25:
+            values = sorted(float(params_of(trial)[name]) for trial in top if name in params_of(trial))
+            lines.append(
+                f"{name}: the best trials all lie between {_shown(values[0])} and {_shown(values[-1])}, a narrow part "
+                f"of {_shown(low)} to {_shown(high)}."
+            )
+    return lines
+
+
+def failures(trials: Sequence[FrozenTrial]) -> list[str]:
+    """How many failed of what."""
+    failed = Counter(failures_of(trial)[-1].kind for trial in trials if trial.state is TrialState.FAIL)
+    return [f"{count} trials failed: {kind}." for kind, count in failed.most_common()]
+
+
+def place(dimension: Dimension, value: float) -> float:
+    """Where a value lies in a range, 0 to 1, in the range's own scale."""
+    low, high = (float(v) for v in dimension.values())
+    if dimension.log:
+        low, high, value = math.log(low), math.log(high), math.log(value)
+    return (value - low) / (high - low)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

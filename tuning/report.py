@@ -1,0 +1,180 @@
+"""The report of a search, also of one that goes on: what it has taught, in words and in one HTML file.
+
+helio tune report RUN
+helio tune dashboard RUN
+"""
+
+import json
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from cluster.errors import HelioError
+from cluster.output import Output
+from cluster.run import Run, write_atomic
+from jobs.charts import (
+    BLUE,
+    GREY,
+    SEARCH_NAMES,
+    STATES,
+    VERMILION,
+    Chart,
+    Sheet,
+    chart_axes,
+    chart_legend,
+    draw_chart,
+    learning_curves,
+    plotted_chart,
+    search_chart,
+    trials_sheet,
+)
+from jobs.evaluation.metrics import title
+from jobs.report import CSS, figures, sheet_table
+from tuning.config import TuneConfig
+from tuning.insight import comparable, importances, in_words
+from tuning.ledger import best_of, failures_of
+from tuning.search import history
+from tuning.storage import Storage, find_study, place_of
+
+ORANGE = "#E69F00"
+COLORS = {"COMPLETE": BLUE, "PRUNED": ORANGE, "FAIL": VERMILION}
+FILE, LOOPBACK = "tune.html", "127.0.0.1"
+
+
+def report_command(run: Run, as_json: bool, output: Output) -> int:
+    """Write `<run>/tune.html` and print what the search has taught. Raises HelioError where there is none."""
+    config = run.recipe.section(TuneConfig)
+    studies = _studies(run)
+    path = run.directory / FILE
+    with output.noise_to(run.directory / "run.log"):
+        words = {stage: in_words(trials, config.space, config.metric) for stage, trials in studies.items()}
+        page = _page(run, config, studies, words)
+    write_atomic(path, lambda target: target.write_text(page, encoding="utf-8"))
+    if as_json:
+        print(json.dumps({"report": str(path), "words": words}, indent=2), file=output.results)
+        return 0
+    for stage, lines in words.items():
+        print(f"Search, {SEARCH_NAMES[stage]}", *(f"  {line}" for line in lines), "", sep="\n", file=output.results)
+    print(f"report: {path}", file=output.results)
+    return 0
+
+
+def _studies(run: Run) -> dict[str, list[FrozenTrial]]:
+    """The trials of each search of a run."""
+    config = run.recipe.section(TuneConfig)
+    found = {stage: find_study(config, run.directory, stage) for stage in SEARCH_NAMES}
+    studies = {stage: study.get_trials(deepcopy=False) for stage, study in found.items() if study is not None}
+    if not any(studies.values()):
+        raise HelioError(f"run {run.name} has made no search yet: `helio tune --resume {run.name}` makes it")
+    return {stage: trials for stage, trials in studies.items() if trials}
+
+
+def _page(
+    run: Run, config: TuneConfig, studies: Mapping[str, list[FrozenTrial]], words: Mapping[str, list[str]]
+) -> str:
+    searches = {stage: _as_result(trials, config) for stage, trials in studies.items()}
+    measured = {stage: search for stage, search in searches.items() if search["best"] is not None}
+    body = [f"<p>{escape(run.recipe.header.description)}</p>"]
+    for stage, lines in words.items():
+        body += [f"<h2>{escape(SEARCH_NAMES[stage])}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
+        body += [figures(_of_study(studies[stage], config)), sheet_table(failures_sheet(studies[stage]))]
+    if measured:
+        body += [
+            "<h2>Trials</h2>",
+            figures([search_chart(measured)]),
+            figures(learning_curves(measured)),
+            sheet_table(trials_sheet(measured)),
+        ]
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(run.name)}: search</title><style>{CSS}</style></head><body>
+<h1>{escape(run.name)}: search</h1>
+{"".join(body)}
+</body></html>
+"""
+
+
+def _as_result(trials: Sequence[FrozenTrial], config: TuneConfig) -> dict[str, Any]:
+    found = best_of(trials, config.metric)
+    best = None if found is None else {"number": found[0].number}
+    return {"metric": config.metric, "best": best, "history": history(trials)}
+
+
+def _of_study(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
+    """Time line, and where trials can be compared Optuna's importances, slices and parallel coordinates."""
+    charts = [time_line(trials)]
+    compared = comparable(trials, config.direction)
+    weights = importances(compared)
+    if not weights:
+        return charts
+    name = f"{title(config.metric)} after {compared.epoch} epochs"
+    # Six are what a row of slices has room for.
+    names, plots = list(weights)[:6], optuna.visualization.matplotlib
+    return [
+        plotted_chart(
+            f"Importance for the {name} (functional ANOVA)",
+            lambda: plots.plot_param_importances(
+                compared.study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target_name=name
+            ),
+            (4.2, 2.9),
+        ),
+        plotted_chart(
+            f"Parallel coordinates: {name} of each trial and its settings",
+            lambda: plots.plot_parallel_coordinate(compared.study, params=names, target_name=name),
+            (7.5, 3.2),
+        ),
+        plotted_chart(
+            f"Slices: {name} against each setting, the most important first",
+            lambda: plots.plot_slice(compared.study, params=names, target_name=name),
+            (2.2 * len(names), 2.9),
+        ),
+        *charts,
+    ]
+
+
+def time_line(trials: Sequence[FrozenTrial]) -> Chart:
+    """What each slot did when: a bar is an attempt, in the colour of how its trial has ended."""
+    spans = [(trial, span) for trial in trials for span in trial.user_attrs.get("spans", [])]
+    slots = list(dict.fromkeys(span["slot"] for _, span in sorted(spans, key=lambda pair: pair[1]["began"])))
+    begin = min((span["began"] for _, span in spans), default=0.0)
+
+    def paint(figure: Any) -> None:
+        axes = chart_axes(figure, "seconds since the first trial")
+        axes.set_yticks(range(len(slots)), [f"slot {number + 1}" for number in range(len(slots))])
+        for trial, span in spans:
+            bar = (span["began"] - begin, span["ended"] - span["began"])
+            row = slots.index(span["slot"])
+            color = COLORS.get(trial.state.name, GREY)
+            axes.broken_barh([bar], (row - 0.4, 0.8), facecolor=color, edgecolor="white", linewidth=0.5)
+        entries = [(STATES[state], color, "", "s") for state, color in COLORS.items()]
+        chart_legend(figure, entries)
+
+    return draw_chart("What each slot did: a bar is a trial", paint, (7.5, 1.2 + 0.35 * max(1, len(slots))))
+
+
+def failures_sheet(trials: Iterable[FrozenTrial]) -> Sheet:
+    """Every attempt that failed."""
+    rows = [
+        [str(trial.number), STATES.get(trial.state.name, "unfinished"), failure.kind, failure.cause, failure.log]
+        for trial in trials
+        for failure in failures_of(trial)
+    ]
+    return Sheet("Attempts that failed", ["trial", "it ended as", "kind", "cause", "log"], rows)
+
+
+def dashboard_command(run: Run, port: int, output: Output) -> int:
+    """Serve optuna-dashboard on the run's studies, on the loopback address, until Ctrl-C. Raises HelioError."""
+    from optuna_dashboard import run_server
+
+    url, _ = place_of(run.recipe.section(TuneConfig), run.directory, next(iter(_studies(run))))
+    try:
+        socket.create_server((LOOPBACK, port)).close()
+    except (OSError, OverflowError) as error:
+        raise HelioError(f"--port {port} cannot be opened ({error}): name another") from None
+    print(f"http://{LOOPBACK}:{port}", file=output.results, flush=True)
+    run_server(Storage(url).optuna, host=LOOPBACK, port=port)
+    return 0

@@ -1,0 +1,165 @@
+"""A slot: one process that does trial after trial, and ends itself where a trial hangs or takes too much memory.
+
+What is slow to begin with (TensorFlow, the decoded images, what is compiled) is there once, for all the trials of a
+slot. Whatever a trial raises ends the trial alone; the process goes on with the next one.
+"""
+
+import faulthandler
+import os
+import re
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+
+from tuning.ledger import Failure
+
+LOOK_S = 0.1
+"""How often the memory is looked at."""
+
+
+class NotFinite(Exception):
+    """A training whose figures are no numbers any more."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What a trial has reached."""
+
+    number: int
+    """1 for the first."""
+    value: float
+    figures: dict[str, float]
+    last: bool
+
+
+class Objective(Protocol):
+    """What is searched for: made once in each slot, and then run for each trial."""
+
+    def run(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
+        """Train with these parameters and tell each epoch.
+
+        `directory` is the trial's own: what a former attempt has left in it is gone on from.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a trial may take."""
+
+    epoch_s: float
+    memory_gb: float | None
+    """Of the process's own memory; what it shares, as the images, does not count."""
+
+
+class Slot(tune.Trainable):
+    """Ray Tune's actor. A step is an epoch; `tune.with_parameters` gives `make` and `limits`."""
+
+    def setup(self, config: dict[str, Any], make: Callable[[], Objective], limits: Limits) -> None:
+        """Called once in each process, with its first trial."""
+        self._limits = limits
+        self._name = f"{socket.gethostname()} {os.getpid()}"
+        self._log = open_log(config)
+        with self._watched():
+            self._objective = make()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """The next trial."""
+        self._log.close()
+        self._log = open_log(new_config)
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._epochs = self._objective.run(config["params"], Path(config["directory"]))
+        self._write(f"begins with {config['params']}")
+
+    def step(self) -> dict[str, Any]:
+        """One epoch, or what has ended the trial."""
+        started = time.monotonic()
+        try:
+            with self._watched():
+                epoch = next(self._epochs)
+            busy = time.monotonic() - started
+        except Exception as error:
+            traceback.print_exc(file=self._log)
+            self._log.flush()
+            kind = {NotFinite: "not finite", MemoryError: "memory"}.get(type(error), "exception")
+            cause = str(error).strip().splitlines() or [type(error).__name__]
+            named = cause[0] if kind == "not finite" else f"{type(error).__name__}: {cause[0]}"
+            return {"failure": Failure(kind, named, self._log.name), "slot": self._name, "done": True}
+        self._write(f"epoch {epoch.number}: {epoch.value:.6g}, {busy:.2f} s, {epoch.figures}")
+        return {"epoch": epoch, "busy_s": busy, "slot": self._name, "done": epoch.last}
+
+    def _write(self, text: str) -> None:
+        print(f"{time.time():.3f} {text}", file=self._log, flush=True)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Ray Tune keeps none: an objective saves what it needs in its trial's directory."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See `save_checkpoint`."""
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """End this process where the block takes too long, or too much memory, and leave in the log why."""
+        done = threading.Event()
+
+        def look() -> None:
+            limit = self._limits.memory_gb
+            while limit is not None and not done.wait(LOOK_S):
+                if (taken := own_memory_gb()) > limit:
+                    print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit:g}", file=self._log, flush=True)
+                    os._exit(1)
+
+        watcher = threading.Thread(target=look, name="memory", daemon=True)
+        watcher.start()
+        # It needs no Python: it ends what hangs in a library's own code, too.
+        faulthandler.dump_traceback_later(self._limits.epoch_s, exit=True, file=self._log)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            done.set()
+            watcher.join()
+
+
+TOO_MUCH = "too much memory"
+
+
+def open_log(config: dict[str, Any]) -> Any:
+    """The log file of one attempt."""
+    path = log_of(Path(config["directory"]), config["attempt"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a")
+
+
+def log_of(directory: Path, attempt: int) -> Path:
+    """Where an attempt leaves what it said."""
+    return directory / f"attempt-{attempt}.log"
+
+
+def lost(directory: Path, attempt: int, limits: Limits) -> Failure:
+    """Why the process of an attempt is gone, from what it left behind."""
+    log = log_of(directory, attempt)
+    text = log.read_text(errors="replace") if log.exists() else ""
+    if found := re.search(f"^{TOO_MUCH}: .*$", text, re.MULTILINE):
+        return Failure("memory", found[0], str(log))
+    if re.search(r"^Timeout \(\d", text, re.MULTILINE):
+        return Failure("hang", f"an epoch took more than {limits.epoch_s:g} s", str(log))
+    return Failure("lost", "its process was lost", str(log))
+
+
+def own_memory_gb() -> float:
+    """What this process holds by itself, GiB."""
+    found = re.search(r"^RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) / 2**20 if found else 0.0

@@ -1,0 +1,42 @@
+"""The stages of a run that search: from the pre-trained backbone, and from scratch beside it.
+
+helio tune cifar10 data.source=cifar10_train
+helio tune quickstart tune.trials=4 finetune.epochs=3
+"""
+
+import importlib.util
+from typing import Any
+
+from cluster.errors import HelioError
+from cluster.profile import Profile
+from cluster.recipe import Recipe
+from cluster.run import Run
+from jobs.data.config import DataConfig
+from jobs.model.config import ModelConfig
+from jobs.training.checkpoint import Checkpoint
+from tuning.config import TuneConfig
+
+
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """What a search needs must be there, and a checkpoint that the recipe names fit its model. Raises HelioError."""
+    config = recipe.section(TuneConfig)
+    if config.sampler == "gp" and importlib.util.find_spec("torch") is None:
+        raise HelioError("tune.sampler=gp needs PyTorch, which is not installed: pip install torch")
+    if config.checkpoint is not None:
+        model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
+        Checkpoint.open(config.checkpoint).check_model(model, image_size)
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Search from the pre-trained backbone: the run's own, or that of `tune.checkpoint`."""
+    from tuning.search import search
+
+    given = run.recipe.section(TuneConfig).checkpoint
+    return search(run, "tune", Checkpoint.open(given or run.require("pretrain")["checkpoint"]))
+
+
+def run_baseline_stage(run: Run) -> dict[str, Any]:
+    """The same search from random weights, where every layer is always trained, and at one rate."""
+    from tuning.search import search
+
+    return search(run, "baseline", None)

@@ -1,0 +1,108 @@
+"""The trials of a search as they go: what is told of each, which one is the best, whose weights are kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+
+from jobs.evaluation.metrics import Metric, title
+from jobs.evaluation.metrics import told as shown
+from tuning.engine import Told
+from tuning.ledger import Ledger
+from tuning.objective import BEST, PROGRESS
+
+ENDS = ("complete", "pruned", "failed")
+"""Outcomes after which a trial is not gone on with."""
+ROWS = 12
+"""Trials that a terminal has room for: those that run, and the last ones that ended."""
+
+
+@dataclass
+class _Row:
+    number: int
+    outcome: str
+    epochs: int
+    best: float | None
+    params: Mapping[str, object]
+
+
+class TrialTable:
+    """What the trials of a study have told so far; only the best one's weights are kept."""
+
+    def __init__(self, ledger: Ledger, metric: Metric) -> None:
+        self.ledger, self._metric = ledger, metric
+        self._rows: dict[int, _Row] = {}
+        before = ledger.trials()
+        self.epochs = sum(len(trial.intermediate_values) for trial in before)
+        self.trials = len(before)
+        self.best: float | None = None
+        self.without_gain = 0
+        """Trials that have ended since the last one that became the best."""
+        self._gained: set[int] = set()
+        self._kept: Path | None = None
+        ended = [trial for trial in before if trial.state.is_finished()]
+        running = [trial for trial in before if not trial.state.is_finished()]
+        for trial in (*sorted(ended, key=lambda trial: trial.datetime_complete), *running):
+            for value in trial.intermediate_values.values() if trial.state.name != "FAIL" else ():
+                self._see(trial.number, Path(trial.user_attrs["directory"]), value)
+            if trial.state.is_finished():
+                self._count(trial.number)
+
+    def add(self, told: Told) -> None:
+        """Take in what has happened."""
+        number, directory = told.trial.number, told.trial.directory
+        self.trials = max(self.trials, number + 1)
+        row = self._rows.setdefault(number, _Row(number, "running", 0, None, told.trial.params))
+        row.outcome = told.outcome
+        if told.epoch is not None:
+            self.epochs += 1
+            row.epochs = told.epoch.number
+            row.best = self.ledger.better([told.epoch.value] if row.best is None else [told.epoch.value, row.best])
+            self._see(number, directory, told.epoch.value)
+        if told.outcome in ENDS:
+            self._count(number)
+            if told.outcome == "failed" and directory == self._kept:
+                found = self.ledger.best()
+                self.best, self._kept = (found[2], Path(found[0].user_attrs["directory"])) if found else (None, None)
+            (directory / PROGRESS).unlink(missing_ok=True)
+            if directory != self._kept:
+                (directory / BEST).unlink(missing_ok=True)
+
+    def _see(self, number: int, directory: Path, value: float) -> None:
+        if self.best is not None and self.ledger.better((self.best, value)) == self.best:
+            return
+        self.best = value
+        self._gained.add(number)
+        if self._kept not in (None, directory):
+            (self._kept / BEST).unlink(missing_ok=True)
+        self._kept = directory
+
+    def _count(self, number: int) -> None:
+        self.without_gain = 0 if number in self._gained else self.without_gain + 1
+
+    def line(self, told: Told) -> str:
+        """What has become of a trial."""
+        row = self._rows[told.trial.number]
+        if told.outcome == "again":
+            return f"trial {row.number} failed and goes on from its last epoch: {told.cause}"
+        if told.outcome == "failed":
+            return f"trial {row.number} failed: {told.cause}"
+        assert row.best is not None
+        ended = "finished" if told.outcome == "complete" else told.outcome
+        mark = ", the best so far" if told.trial.directory == self._kept else ""
+        value = shown(self._metric, row.best)
+        return f"trial {row.number} {ended} after {row.epochs} epochs: {title(self._metric)} {value}{mark}"
+
+    def rendered(self) -> Table:
+        """What runs, and what has ended last."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("trial", "", "epochs", f"best {title(self._metric)}", "settings"):
+            table.add_column(name, no_wrap=True)
+        rows = sorted(self._rows.values(), key=lambda row: (row.outcome in ENDS, -row.number))
+        for row in rows[:ROWS]:
+            best = "" if row.best is None else shown(self._metric, row.best)
+            settings = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.params.items())
+            table.add_row(str(row.number), row.outcome, str(row.epochs), best, settings)
+        return table
