@@ -87,7 +87,7 @@ class TuneConfig(Section):
     study: str | None = None
     """Name of the study in a shared storage; none is the name of the run."""
     sampler: Literal["tpe", "cmaes", "gp", "random", "grid"] = "tpe"
-    """What suggests trials. gp needs PyTorch (the extra `gp`); grid tries every point once, in an order by the seed."""
+    """What suggests trials. gp needs PyTorch; grid tries every point once, in an order by the seed."""
     pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
     first: list[dict[str, Value]] = []
     """Settings to try first; what one does not name, the sampler draws."""

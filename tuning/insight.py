@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from jobs.charts import setting
 from jobs.evaluation.metrics import Metric, better, title, told
 from tuning.config import Dimension
 from tuning.ledger import best_of, failures_of, params_of
@@ -69,7 +70,7 @@ def in_words(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metr
     if found is None:
         return ["No trial has reported a result."]
     best, epoch, value = found
-    settings = ", ".join(f"{name} {_shown(v)}" for name, v in params_of(best).items())
+    settings = ", ".join(f"{name} {setting(v)}" for name, v in params_of(best).items())
     lines = [
         f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after {epoch} epochs, {settings}."
     ]
@@ -110,13 +111,13 @@ def ranges(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metric
                 bound = low if end == "lower" else high
                 lines.append(
                     f"{name} is exhausted at its {end} end: {sum(near)} of the {len(near)} best trials lie there "
-                    f"({_shown(bound)}). Widen the range there."
+                    f"({setting(bound)}). Widen the range there."
                 )
         if max(places) - min(places) < 0.25:
             values = sorted(float(params_of(trial)[name]) for trial in top if name in params_of(trial))
             lines.append(
-                f"{name}: the best trials all lie between {_shown(values[0])} and {_shown(values[-1])}, a narrow part "
-                f"of {_shown(low)} to {_shown(high)}."
+                f"{name}: the best trials all lie between {setting(values[0])} and {setting(values[-1])}, "
+                f"a narrow part of {setting(low)} to {setting(high)}."
             )
     return lines
 
@@ -133,7 +134,3 @@ def place(dimension: Dimension, value: float) -> float:
     if dimension.log:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return (value - low) / (high - low)
-
-
-def _shown(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

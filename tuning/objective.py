@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from jobs.evaluation.metrics import LOWER_IS_BETTER, Metric, measure
+from jobs.evaluation.metrics import Metric, better, measure
 from jobs.training.config import FinetuneConfig
 from jobs.training.device import set_up_tensorflow
 from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, load_arrays, save_arrays
@@ -72,7 +72,6 @@ class FinetuneObjective:
     def run(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
         """See `Objective.run`. The value is the recipe's metric; the figures are the loss and all metrics."""
         config, metric = self._settings.base.model_copy(update=params), self._settings.metric
-        better = min if metric in LOWER_IS_BETTER else max
         members, file = self._members, directory / PROGRESS
         values, former = _read(file) if file.exists() else ([], [None] * len(members))
         trainings = [
@@ -88,7 +87,7 @@ class FinetuneObjective:
             if not math.isfinite(figures[metric]):
                 raise NotFinite(f"{metric} after epoch {epoch} is {figures[metric]}")
             values.append(figures[metric])
-            best = values.index(better(values)) + 1
+            best = values.index(better(metric, values)) + 1
             if best == epoch and len(members) == 1:
                 save_arrays(directory / BEST, members[0].finetuner.weights())
             patience = self._settings.patience
