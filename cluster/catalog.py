@@ -35,7 +35,7 @@ class Stage:
 STAGES = (
     Stage("ingest", "jobs.ingest:run_stage", "Ingest", "jobs.ingest:preflight"),
     Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:preflight"),
-    Stage("tune", "tuning.stage:run_stage", "Search from the pre-trained start", "tuning.stage:preflight"),
+    Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:preflight"),
     Stage("baseline", "tuning.stage:run_baseline_stage", "Search from scratch"),
     Stage("export", "jobs.export:run_stage", "Export and register"),
     Stage("deploy", "serving.deploy:run_stage", "Deploy and check", "serving.deploy:preflight", repeats=True),

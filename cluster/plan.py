@@ -25,7 +25,7 @@ def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
     """The stages that lead to `until`, without those that the recipe leaves out."""
     names = [stage.name for stage in catalog.STAGES]
     tune = recipe.sections["tune"].model_dump()
-    left_out = set() if tune["baseline"] else {"baseline"}
+    left_out = set() if tune["baseline"] and tune["checkpoint"] != "scratch" else {"baseline"}
     if tune["checkpoint"] and until != "pretrain":
         left_out.add("pretrain")
     return [stage for stage in catalog.STAGES[: names.index(until) + 1] if stage.name not in left_out]

@@ -77,11 +77,28 @@ class TrialResources(Section):
     """The trials of a search; export retrains with the same share."""
 
     concurrent: int = Field(default=2, ge=1)
+    workers_per_trial: int = Field(default=1, ge=1)
+    """A trial is a training of so many workers; each has the CPUs, GPUs and threads that follow. Export retrains with
+    one."""
     cpus_per_trial: float = Field(default=1.0, gt=0)
     gpus_per_trial: SharedGpus = 0.0
     threads_per_trial: int = Field(default=1, ge=1)
     memory_gb: float | None = Field(default=None, gt=0)
     """What one process may take for itself, GiB, shared images aside, before its trial has failed; none: no limit."""
+
+    @model_validator(mode="after")
+    def _workers_have_gpus_of_their_own(self) -> "TrialResources":
+        if self.workers_per_trial > 1 and not float(self.gpus_per_trial).is_integer():
+            raise ValueError(
+                f"gpus_per_trial must be whole with workers_per_trial={self.workers_per_trial} (NCCL takes one GPU "
+                f"for each), got {self.gpus_per_trial:g}"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """Processes of all trials that run at a time."""
+        return self.concurrent * self.workers_per_trial
 
 
 class ReplicaResources(Section):
@@ -152,7 +169,7 @@ class Profile(Section):
                 train.least * (train.cpus_per_worker + self.data.tasks_per_worker * self.data.cpus_per_task),
                 float(train.least * train.gpus_per_worker),
             ),
-            "tune": (trials.concurrent * trials.cpus_per_trial, trials.concurrent * trials.gpus_per_trial),
+            "tune": (trials.workers * trials.cpus_per_trial, trials.workers * trials.gpus_per_trial),
             "deploy": (replica.cpus, replica.gpus),
         }
 

@@ -21,7 +21,7 @@ from jobs.evaluation.metrics import LOWER_IS_BETTER, Metric, better, title, told
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5f6368"
 SEARCH_COLORS = {"tune": BLUE, "baseline": VERMILION}
-SEARCH_NAMES = {"tune": "pre-trained start", "baseline": "from scratch"}
+"""Of the searches of a run, by stage."""
 STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 """Optuna's states of a trial, as a reader names them; every other one is `unfinished`."""
 
@@ -83,6 +83,11 @@ def _metric(searches: Mapping[str, Mapping[str, Any]]) -> tuple[Metric, str, flo
     return (metric, title(metric), 1.0) if metric == "log_loss" else (metric, f"{title(metric)} (%)", 100.0)
 
 
+def search_name(search: Mapping[str, Any]) -> str:
+    """What a search starts from."""
+    return "from scratch" if search["initial"] == "scratch" else "pre-trained start"
+
+
 def state_name(trial: Mapping[str, Any]) -> str:
     """How the trial ended."""
     return STATES.get(trial["state"], "unfinished")
@@ -114,7 +119,7 @@ def search_chart(searches: Mapping[str, Mapping[str, Any]]) -> Chart:
                 running.append(better(metric, [scale * best, *running[-1:]]))
                 axes.plot(number, scale * best, color=color, **marker)
             axes.plot(numbers, running, color=color, drawstyle="steps-post", linewidth=1.4)
-        lines = [(f"{SEARCH_NAMES[name]}: best so far", SEARCH_COLORS[name], "-", "") for name in searches]
+        lines = [(f"{search_name(one)}: best so far", SEARCH_COLORS[name], "-", "") for name, one in searches.items()]
         chart_legend(figure, [*lines, *((state, GREY, "", state) for state in _MARKERS if state in present)])
 
     return draw_chart(f"Best {title(metric)} of each trial, in the order in which they began", paint)
@@ -138,13 +143,14 @@ def learning_curves(searches: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
                 first = trial["number"] == winner
                 curve = [scale * value for value in trial["curve"]]
                 look = {"color": color, "alpha": 1.0 if first else 0.4}
-                axes.plot(range(1, len(curve) + 1), curve, linewidth=2.6 if first else 1.1, **look)
-                axes.plot(len(curve), curve[-1], **look, **_MARKERS[state_name(trial)])
+                epochs = range(trial["first_epoch"], trial["first_epoch"] + len(curve))
+                axes.plot(epochs, curve, linewidth=2.6 if first else 1.1, **look)
+                axes.plot(epochs[-1], curve[-1], **look, **_MARKERS[state_name(trial)])
             ends = {state_name(trial) for trial in trials}
             states = [(state, GREY, "", state) for state in _MARKERS if state in ends]
             chart_legend(figure, [(f"winner, trial {winner}", color, "-", ""), *states])
 
-        return draw_chart(f"Learning curves, {SEARCH_NAMES[name]}", paint)
+        return draw_chart(f"Learning curves, {search_name(search)}", paint)
 
     return [chart(name, search) for name, search in searches.items()]
 
@@ -166,7 +172,7 @@ def trials_sheet(searches: Mapping[str, Mapping[str, Any]]) -> Sheet:
         figures = ["" if best is None else told(metric, best), str(len(trial["curve"]))]
         figures.append("" if seconds is None else f"{seconds:.1f}")
         settings = [setting(params[key]) if key in params else "" for key in names]
-        rows.append([SEARCH_NAMES[name], str(trial["number"]), state_name(trial), *figures, *settings])
+        rows.append([search_name(searches[name]), str(trial["number"]), state_name(trial), *figures, *settings])
     head = [
         "search",
         "trial",

@@ -59,6 +59,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     champion = None if present is None else _measure_champion(run, present, dataset, evaluate, limits)
     tested = {name: ray.get(reference) for name, reference in waiting.items()}
     accuracy = tested["tune"]["accuracy"]
+    by_start = {
+        "scratch" if search["initial"] == "scratch" else "pretrained": tested[name]["accuracy"]
+        for name, search in searches.items()
+    }
     evaluation, comparison = evaluation_of(run, searches["tune"]["initial"]), _compare(run, tested)
     notes = _notes(config, searches["tune"]["initial"])
     if evaluation is None:
@@ -88,8 +92,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         "classes": dataset.classes,
         "training_images": len(training.labels),
         "test_images": dataset.count("test"),
-        "accuracy_pretrained": accuracy,
-        "accuracy_scratch": tested["baseline"]["accuracy"] if "baseline" in tested else None,
+        "accuracy_pretrained": by_start.get("pretrained"),
+        "accuracy_scratch": by_start.get("scratch"),
         "confusion": tested["tune"]["confusion"],
     }
 
@@ -99,7 +103,7 @@ def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str,
     as_found = run.recipe.section(ExportConfig).retrain_on == "train" and weights is not None
     return {
         "start": {
-            "model": run.recipe.section(ModelConfig),
+            "model": ModelConfig.model_validate(search["best"]["model"]),
             "image_size": run.recipe.section(DataConfig).image_size,
             "classes": len(dataset.classes),
             "seed": run.recipe.seed,
@@ -150,6 +154,8 @@ def _retrain(
 def _compare(run: Run, tested: dict[str, Any]) -> dict[str, Any]:
     """The verdict on the two winners that were just tested."""
     fraction = run.recipe.section(FinetuneConfig).labels_fraction
+    if run.require("tune")["initial"] == "scratch":
+        return no_verdict("the search itself starts from scratch", fraction)
     if "baseline" not in tested:
         return no_verdict("no search from scratch was made (tune.baseline is false)", fraction)
     return own_verdict(tested["tune"]["right"], tested["baseline"]["right"], fraction)
@@ -235,6 +241,7 @@ def _lineage(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, An
             "study": search["study_name"],
             "trial": search["best"]["number"],
             "config": search["best"]["config"],
+            "model": search["best"]["model"],
             "epochs": search["best"]["epochs"],
         },
     }

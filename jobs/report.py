@@ -80,17 +80,23 @@ def write_report(run: Run) -> Path:
     links = " ".join(f'<a href="#{_anchor(title)}">{title}</a>' for title in present)
     bodies = "\n".join(f'<h2 id="{_anchor(title)}">{title}</h2>\n{body}' for title, body in present.items())
     recipe = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+    body = f"""<p>{escape(run.recipe.header.description)}</p><nav>{links}</nav>
+{bodies}
+<details><summary>Recipe, every default written out</summary><pre>{escape(recipe)}</pre></details>"""
+    path = run.directory / "report.html"
+    write_page(path, run.name, body)
+    return path
+
+
+def write_page(path: Path, title: str, body: str) -> None:
+    """Write an HTML page in the style of the reports; the title is plain text."""
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(run.name)}</title><style>{CSS}</style></head><body>
-<h1>{escape(run.name)}</h1><p>{escape(run.recipe.header.description)}</p><nav>{links}</nav>
-{bodies}
-<details><summary>Recipe, every default written out</summary><pre>{escape(recipe)}</pre></details>
+<title>{escape(title)}</title><style>{CSS}</style></head><body>
+<h1>{escape(title)}</h1>{body}
 </body></html>
 """
-    path = run.directory / "report.html"
     write_atomic(path, lambda target: target.write_text(page, encoding="utf-8"))
-    return path
 
 
 def _headlines(run: Run) -> str:
@@ -100,14 +106,16 @@ def _headlines(run: Run) -> str:
         tiles += [("Served accuracy", f"{deploy['served_accuracy']:.1%}", f"{deploy['images']:,} held-out images")]
     if export:
         images = export["test_images"]
-        tiles += [("Test accuracy, pre-trained start", f"{export['accuracy_pretrained']:.1%}", f"{images:,} images")]
-        if export["accuracy_scratch"] is not None:
+        for name, value in (
+            ("pre-trained start", export["accuracy_pretrained"]),
+            ("from scratch", export["accuracy_scratch"]),
+        ):
+            if value is not None:
+                tiles += [(f"Test accuracy, {name}", f"{value:.1%}", f"{images:,} images")]
+        if None not in (export["accuracy_pretrained"], export["accuracy_scratch"]):
             difference = points(export["accuracy_pretrained"], export["accuracy_scratch"])
             one = f"one test image is {100 / images:.2g} points"
-            tiles += [
-                ("Test accuracy, from scratch", f"{export['accuracy_scratch']:.1%}", "same search, same images"),
-                ("Gain from pre-training", difference, one),
-            ]
+            tiles += [("Gain from pre-training", difference, one)]
     if pretrain and pretrain["knn_pretrained"] is not None:
         random = pretrain["knn_random"]
         note = f"random backbone {random:.1%}, {points(pretrain['knn_pretrained'], random)}"
@@ -150,13 +158,13 @@ def _search(run: Run) -> str:
     if not found:
         return ""
     lines = []
-    for name, search in found.items():
+    for search in found.values():
         best = search["best"]
         ends = ", ".join(
             f"{count} {charts.STATES.get(state, 'unfinished')}" for state, count in search["states"].items()
         )
         lines.append(
-            f"{charts.SEARCH_NAMES[name].capitalize()}: {ends}; the winner is trial {best['number']} with "
+            f"{charts.search_name(search).capitalize()}: {ends}; the winner is trial {best['number']} with "
             f"{title(search['metric'])} {told(search['metric'], best['value'])} after {best['epochs']} epochs."
         )
     return (
@@ -231,10 +239,10 @@ def _lineage(run: Run) -> str:
     if pretrain:
         entries += [("checkpoint", pretrain["checkpoint"]), ("its weights, SHA-256", pretrain["weights_sha256"])]
         entries += [("best checkpoint on the way", pretrain["best_checkpoint"])]
-    for name, search in searches(run).items():
+    for search in searches(run).values():
         entries += [
-            (f"study, {charts.SEARCH_NAMES[name]}", f"{search['study_name']} in {search['study']}"),
-            (f"trial, {charts.SEARCH_NAMES[name]}", f"{search['best']['number']}, start: {search['initial']}"),
+            (f"study, {charts.search_name(search)}", f"{search['study_name']} in {search['study']}"),
+            (f"trial, {charts.search_name(search)}", f"{search['best']['number']}, start: {search['initial']}"),
         ]
     if export:
         entries += [

@@ -54,29 +54,30 @@ def _accuracies(run: Run) -> Table | None:
     pretrain, export = (run.result(stage) or {} for stage in ("pretrain", "export"))
     rows = []
     if export:
-        scratch = export["accuracy_scratch"]
-        rows.append((f"test, {export['test_images']:,} images", export["accuracy_pretrained"], scratch, "from scratch"))
+        test = f"test, {export['test_images']:,} images"
+        rows.append((test, export["accuracy_pretrained"], export["accuracy_scratch"], "from scratch"))
     if pretrain and pretrain["knn_pretrained"] is not None:
         rows.append(("kNN, validation images", pretrain["knn_pretrained"], pretrain["knn_random"], "random backbone"))
     table = Table("accuracy", box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("pre-trained", "compared with", "difference"):
         table.add_column(head, justify="right")
     for name, value, other, kind in rows:
-        compared = [f"{kind} {other:.1%}", points(value, other)] if other is not None else ["", ""]
-        table.add_row(name, f"{value:.1%}", *compared)
+        shown = "" if value is None else f"{value:.1%}"
+        compared = "" if other is None else f"{kind} {other:.1%}"
+        table.add_row(name, shown, compared, points(value, other) if shown and compared else "")
     return table if rows else None
 
 
 def _winner_and_endpoint(run: Run) -> Table | None:
     export, deploy = run.result("export") or {}, run.result("deploy") or {}
     rows = []
-    for name, search in searches(run).items():
+    for search in searches(run).values():
         best = search["best"]
         settings = ", ".join(f"{key} {charts.setting(value)}" for key, value in best["params"].items())
         rank = f"trial {best['number']}, the best of {search['trials']}"
         value = f"validation {title(search['metric'])} {told(search['metric'], best['value'])}"
         text = f"{rank}: {value} after {best['epochs']} epochs with {settings}"
-        rows.append((f"winner, {charts.SEARCH_NAMES[name]}", text))
+        rows.append((f"winner, {charts.search_name(search)}", text))
     if export:
         model = f"{export['model']} version {export['version']} ({alias(export)})"
         rows.append(("model", f"{model}, digest {export['bundle_digest'][:12]}"))
@@ -151,7 +152,7 @@ def _near(path: Path) -> str:
 
 def searches(run: Run) -> dict[str, dict[str, Any]]:
     """The searches that the run has finished, by stage."""
-    found = {name: run.result(name) for name in charts.SEARCH_NAMES}
+    found = {name: run.result(name) for name in charts.SEARCH_COLORS}
     return {name: search for name, search in found.items() if search is not None}
 
 

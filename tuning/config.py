@@ -3,15 +3,23 @@
 import os
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from cluster.schema import Section, nearest
 from jobs.evaluation.metrics import LOWER_IS_BETTER, Metric
+from jobs.model.config import ModelConfig
 from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 
 Value = int | float | str
+Cost = Literal["latency_ms", "size_mb"]
+"""What a model costs: the median time of an answer to one decoded image by the bundle that would be exported, on the
+threads of a trial and beside the other trials; and the size of that bundle, 10^6 bytes. Measured before a trial
+trains."""
+SCRATCH = "scratch"
+MODEL = "model."
+"""Names of searched settings of the model begin with this."""
 
 
 class Dimension(Section):
@@ -66,11 +74,16 @@ class Dimension(Section):
 
 
 class TuneConfig(Section):
-    """Search over fine-tuning."""
+    """Search over fine-tuning, or over the model and its training from scratch."""
 
     trials: int = Field(default=16, ge=1)
     metric: Metric = "accuracy"
     """What counts, on held-out images after each epoch: `log_loss` and `ece` are the better the lower."""
+    objectives: list[Metric | Cost] = []
+    """What counts beside `metric`, at the epoch that is best by `metric`. The search then looks for trials that no
+    other one beats in everything (the Pareto front); the winner is the best of them by `metric`."""
+    limits: dict[Cost, Annotated[float, Field(gt=0)]] = {}
+    """What the model may cost: a trial above it ends before it has trained, and the sampler hears by how much."""
     patience: int | None = Field(default=None, ge=1)
     """A trial ends when its metric has not become better for so many epochs."""
     folds: int = Field(default=1, ge=1)
@@ -78,17 +91,24 @@ class TuneConfig(Section):
     seeds: int = Field(default=1, ge=1)
     """Each trial trains as many models with seeds of their own, and their mean counts."""
     baseline: bool = True
-    """Repeat the search, with the same budget, from random weights."""
+    """Repeat the search, with the same budget, from random weights; not where it starts from them itself."""
     checkpoint: str | None = None
-    """Directory of a pre-training checkpoint to start from; none takes this run's own."""
+    """Directory of a pre-training checkpoint to start from; none takes this run's own. `scratch` starts from random
+    weights, and may then search the model, too."""
     storage: str | None = None
     """URL of the database that holds the study (`sqlite:///file` or `postgresql://…`); none is a file of the run.
     Drivers that name the same storage and study work on one search together."""
     study: str | None = None
     """Name of the study in a shared storage; none is the name of the run."""
-    sampler: Literal["tpe", "cmaes", "gp", "random", "grid"] = "tpe"
-    """What suggests trials. gp needs PyTorch; grid tries every point once, in an order by the seed."""
-    pruner: Literal["asha", "hyperband", "median", "none"] = "asha"
+    sampler: Literal["tpe", "cmaes", "gp", "nsga2", "random", "grid"] = "tpe"
+    """What suggests trials. gp needs PyTorch; grid tries every point once, in an order by the seed. nsga2 is for
+    several objectives and many trials."""
+    pruner: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
+    """pbt (population-based training, Jaderberg et al. 2017) changes settings while a model trains: the last one in
+    `reduction_factor` of the trials ends, and a new one goes on from where one of the first is, with settings near that
+    one's."""
+    population: int = Field(default=8, ge=2)
+    """Trials of pbt that begin afresh; `trials` counts those, too, that go on from others."""
     first: list[dict[str, Value]] = []
     """Settings to try first; what one does not name, the sampler draws."""
     warm_start: str | None = None
@@ -97,9 +117,10 @@ class TuneConfig(Section):
     startup_trials: int = Field(default=5, ge=1)
     """Random trials before TPE models the results (Optuna's own default is 10)."""
     grace_epochs: int = Field(default=2, ge=1)
-    """No trial is pruned before this many epochs."""
+    """No trial is pruned before this many epochs; pbt compares the trials every so many."""
     reduction_factor: int = Field(default=3, ge=2)
-    """Eta of asha and hyperband: one in this many trials goes on at each rung (Li et al. 2020)."""
+    """Eta of asha and hyperband: one in this many trials goes on at each rung (Li et al. 2020). Of pbt: one in this
+    many is replaced."""
     retries: int = Field(default=1, ge=0)
     """Times that a trial which failed for one of the reasons of `retry_on` goes on from its last epoch."""
     retry_on: list[Literal["lost", "hang", "memory", "exception", "not finite"]] = ["lost", "hang", "memory"]
@@ -123,13 +144,22 @@ class TuneConfig(Section):
         "head_dropout": Dimension(low=0.0, high=0.5),
         "label_smoothing": Dimension(low=0.0, high=0.2),
     }
-    """Searched fields of `finetune`, each with its range."""
+    """Searched fields of `finetune`, each with its range; those of `model` stand under `model`, as in
+    `space.model.width`, and are searched from scratch."""
 
     @field_validator("checkpoint")
     @classmethod
     def _absolute(cls, checkpoint: str | None) -> str | None:
         # A run may go on from another directory.
-        return None if checkpoint is None else os.path.abspath(os.path.expanduser(checkpoint))
+        return checkpoint if checkpoint in (None, SCRATCH) else os.path.abspath(os.path.expanduser(checkpoint))
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat(cls, space: Any) -> Any:
+        if not isinstance(space, dict) or not isinstance(space.get("model"), dict):
+            return space
+        rest = {name: dimension for name, dimension in space.items() if name != "model"}
+        return rest | {f"{MODEL}{name}": dimension for name, dimension in space["model"].items()}
 
     @field_validator("storage")
     @classmethod
@@ -147,7 +177,27 @@ class TuneConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _space_fits_finetune(self) -> "TuneConfig":
+    def _objectives_fit(self) -> "TuneConfig":
+        wanted = self.objective_names
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"objectives must name each once, and metric is one, got {', '.join(wanted)}")
+        if self.sampler == "cmaes" and (self.objectives or self.limits):
+            raise ValueError("sampler cmaes takes one objective and no limits: use tpe, nsga2 or gp")
+        if self.pruner == "pbt":
+            if self.folds > 1 or self.seeds > 1:
+                raise ValueError("pruner pbt trains one model a trial: leave folds and seeds at 1")
+            if self.sampler == "grid":
+                raise ValueError("pruner pbt leaves the points of a grid: use sampler=random")
+            if not any(may_change(name, self.space) for name in self.space):
+                raise ValueError("pruner pbt needs a setting that can change while a model trains, space has none")
+        if self.objectives and self.pruner != "none":
+            raise ValueError(
+                f"pruner must be none with several objectives, got {self.pruner}: it would prune the front by metric"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _space_fits(self) -> "TuneConfig":
         if not self.space.keys() - OF_PRETRAINED.keys():
             raise ValueError(
                 f"space must hold a setting besides {' and '.join(OF_PRETRAINED)}, which the baseline does not search"
@@ -155,15 +205,20 @@ class TuneConfig(Section):
         searchable = [
             name for name in FinetuneConfig.model_fields if name not in ("augment", "labels_fraction", "epochs")
         ]
+        searchable += [f"{MODEL}{name}" for name in ModelConfig.model_fields]
         for name, dimension in self.space.items():
             if name not in searchable:
-                raise ValueError(f"space.{name} is no setting of finetune{nearest(name, searchable)}")
+                raise ValueError(f"space.{name} is no setting of {_section(name)}{nearest(name, searchable)}")
+            if name.startswith(MODEL) and self.checkpoint != SCRATCH:
+                raise ValueError(
+                    f"space.{name}: the model of a checkpoint is what it is: tune.checkpoint=scratch searches it"
+                )
             for value in dimension.values() + ([] if dimension.step is None else [dimension.step]):
                 setting(f"space.{name}", name, value)
             for other, values in dimension.when.items():
                 place = f"space.{name}.when"
                 if other not in searchable:
-                    raise ValueError(f"{place}: {other} is no setting of finetune{nearest(other, searchable)}")
+                    raise ValueError(f"{place}: {other} is no setting of {_section(other)}{nearest(other, searchable)}")
                 if other in self.space and self.space[other].choices is None:
                     raise ValueError(f"{place}: {other} must have choices, it has a range")
                 for value in values:
@@ -184,34 +239,67 @@ class TuneConfig(Section):
         return self
 
     @property
-    def direction(self) -> str:
-        """Optuna's word for where the metric is to go."""
-        return "minimize" if self.metric in LOWER_IS_BETTER else "maximize"
+    def objective_names(self) -> list[str]:
+        """The metric, and each further objective."""
+        return [self.metric, *self.objectives]
+
+    @property
+    def directions(self) -> list[str]:
+        """Optuna's words for where the metric is to go, and each further objective."""
+        falling = (*LOWER_IS_BETTER, *get_args(Cost))
+        return ["minimize" if name in falling else "maximize" for name in self.objective_names]
+
+    @property
+    def costs(self) -> list[str]:
+        """What of a model's costs is to be measured."""
+        return [name for name in get_args(Cost) if name in self.objectives or name in self.limits]
 
 
 def _divides(step: float, length: float) -> bool:
     return abs(round(length / step) * step - length) <= 1e-9 * length
 
 
+def _section(name: str) -> str:
+    return "model" if name.startswith(MODEL) else "finetune"
+
+
+def _field(name: str) -> Any:
+    """The field of `finetune` or `model` that a searched setting is."""
+    return (
+        ModelConfig.model_fields[name.removeprefix(MODEL)]
+        if name.startswith(MODEL)
+        else FinetuneConfig.model_fields[name]
+    )
+
+
 def is_whole(name: str) -> bool:
-    """Whether a setting of fine-tuning takes whole numbers."""
-    return FinetuneConfig.model_fields[name].annotation is int
+    """Whether a searched setting takes whole numbers."""
+    annotation = _field(name).annotation
+    return annotation is int or any(part is int or isinstance(part, int) for part in get_args(annotation))
 
 
 def setting(place: str, name: str, value: Value) -> Value:
-    """A value as the setting of fine-tuning takes it. Raises ValueError, which names the place, for any other."""
+    """A value as the searched setting takes it. Raises ValueError, which names the place, for any other."""
     if is_whole(name) and not isinstance(value, str):
         if not float(value).is_integer():
             raise ValueError(f"{place} takes whole numbers, got {value:g}")
         value = int(value)
     elif isinstance(value, int):
         value = float(value)
+    field = _field(name)
+    annotated: Any = Annotated[field.annotation, field]
     try:
-        FinetuneConfig.model_validate({name: value})
+        TypeAdapter(annotated).validate_python(value, strict=True)
     except ValidationError as error:
         shown = value if isinstance(value, str) else f"{value:g}"
         raise ValueError(f"{place}: {error.errors()[0]['msg'].lower()}, got {shown}") from None
     return value
+
+
+def may_change(name: str, space: Mapping[str, Dimension]) -> bool:
+    """Whether a searched setting can change in the middle of a training: it moves no weights, and opens no branch."""
+    opens = any(name in dimension.when for dimension in space.values())
+    return not opens and not name.startswith(MODEL) and name not in ("optimizer", "unfrozen_stages")
 
 
 def in_order(space: Mapping[str, Dimension]) -> list[str]:

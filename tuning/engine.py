@@ -1,9 +1,10 @@
 """Ray Tune runs the trials of a ledger in slots that are kept; the ledger says which, and what becomes of them."""
 
 import contextlib
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ class Told:
     outcome: str
     """running, complete, pruned, failed, or again for one that will be begun again."""
     cause: str = ""
-    """Of a failure."""
+    """Of a failure, or why a trial was pruned before it had trained."""
 
 
 NAME = "slots"
+LOOK_S = 1.0
 Spent = Callable[[], str | None]
 
 
@@ -41,19 +43,25 @@ def run_trials(
     limits: Limits,
     *,
     slots: int,
-    resources: dict[str, float],
+    resources: Sequence[dict[str, float]],
     directory: Path,
     tell: Tell,
     spent: Spent = lambda: None,
 ) -> str | None:
     """Do what the ledger says in so many slots until all trials have ended, or a budget is spent.
 
-    `spent`, asked after each thing that was told, says in words why the search is to end; that, or None, is returned.
+    `resources` are those of each process of a slot: its own, and where there are more, of its workers.
+
+    `spent`, asked every second or so, says in words why the search is to end; that, or None, is returned.
     Raises HelioError where all trials fail alike. An exception leaves trials behind that the next driver goes on with.
     """
     bridge = _Bridge(ledger, limits, slots, tell, spent)
+    # Tune's own is one: then a slot that is free takes the trial of one that is starting, whose process Tune ends.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(Slot, make=make, limits=limits), resources),
+        tune.with_resources(
+            tune.with_parameters(Slot, make=make, limits=limits), tune.PlacementGroupFactory(list(resources))
+        ),
         tune_config=tune.TuneConfig(
             search_alg=_LedgerSearcher(bridge), num_samples=-1, max_concurrent_trials=None, reuse_actors=True
         ),
@@ -67,13 +75,12 @@ def run_trials(
     )
     with ledger.alive(), contextlib.closing(bridge):
         interruptible(tuner.fit)
+        if bridge.failure is None and bridge.spent is not None:
+            ledger.give_up(bridge.spent)
     # Ray Tune's own notes, of which the study holds all.
     shutil.rmtree(directory / NAME, ignore_errors=True)
     if bridge.failure is not None:
         raise bridge.failure
-    if bridge.spent is not None:
-        for assignment in bridge.running.values():
-            ledger.prune(assignment.number, bridge.spent)
     return bridge.spent
 
 
@@ -87,6 +94,7 @@ class _Bridge:
         """Unix time of each that runs."""
         self.failure: BaseException | None = None
         self.spent: str | None = None
+        self._looked = 0.0
         self._closed = False
 
     def close(self) -> None:
@@ -123,11 +131,18 @@ class _Bridge:
             return True
         assignment, slot = self.running[trial_id], result["slot"]
         epoch: Epoch | None = result.get("epoch")
+        number = assignment.number
+        if "costs" in result:
+            self.ledger.span(number, slot, self._began[trial_id])
+            self.ledger.refuse(number, result["costs"], result["reason"])
+            del self.running[trial_id]
+            self._tell(Told(assignment, None, "pruned", result["reason"]))
+            self.spent = self._spent()
+            return True
         if epoch is None:
             self._failed(trial_id, result["failure"], slot)
             return True
         self.ledger.busy_s += result["busy_s"]
-        number = assignment.number
         hopeless = self.ledger.report(number, epoch.number, epoch.value, epoch.figures)
         outcome = "complete" if epoch.last else "pruned" if hopeless else "running"
         if outcome != "running":
@@ -137,6 +152,12 @@ class _Bridge:
         self._tell(Told(assignment, epoch, outcome))
         self.spent = self._spent()
         return outcome != "running"
+
+    def look(self) -> None:
+        """Ask whether a budget is spent, though nothing was told."""
+        if not self.ended and time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            self.spent = self.guarded(self._spent)
 
     def lost(self, trial_id: str) -> None:
         """The process of a trial is gone."""
@@ -194,5 +215,6 @@ class _LedgerStopper(tune.Stopper):
         return bool(self._bridge.guarded(lambda: self._bridge.result(trial_id, result)))
 
     def stop_all(self) -> bool:
-        """Whether the search ends."""
+        """Whether the search ends. Tune asks again and again."""
+        self._bridge.look()
         return self._bridge.ended

@@ -69,7 +69,7 @@ def make_beginning(config: TuneConfig, space: Space, seed: int, earlier: Earlier
     best = None if earlier is None else best_of(earlier.trials, config.metric)
     if earlier is None or best is None:
         return Beginning(points)
-    study = optuna.create_study(direction=config.direction)
+    study = optuna.create_study(directions=config.directions)
     for trial in earlier.trials:
         drawn = space.as_drawn(params_of(trial))
         if trial.state.is_finished():
@@ -78,7 +78,7 @@ def make_beginning(config: TuneConfig, space: Space, seed: int, earlier: Earlier
                     state=trial.state,
                     params=drawn,
                     distributions={name: space.distribution(name) for name in drawn},
-                    value=trial.value,
+                    values=trial.values,
                     intermediate_values=trial.intermediate_values,
                 )
             )
@@ -95,9 +95,10 @@ def find_earlier(reference: str, run: Run, stage: str) -> Earlier:
         raise HelioError(f"tune.warm_start must be a run in {run.storage / 'runs'} or its directory, got {reference!r}")
     recipe = json.loads((directory / "run.json").read_text())["recipe"]
     own, theirs = run.recipe.section(TuneConfig), TuneConfig.model_validate(recipe["tune"])
-    if own.metric != theirs.metric:
+    wanted, went = own.objective_names, theirs.objective_names
+    if wanted != went:
         raise HelioError(
-            f"tune.warm_start must be a search by the same metric ({own.metric}), {reference} went by {theirs.metric}"
+            f"tune.warm_start must be a search by the same ({', '.join(wanted)}), {reference} went by {', '.join(went)}"
         )
     study = find_study(theirs, directory, stage)
     if study is None:

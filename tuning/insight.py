@@ -2,15 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from jobs.charts import setting
-from jobs.evaluation.metrics import Metric, better, title, told
-from tuning.config import Dimension
+from jobs.evaluation.metrics import better, title, told
+from tuning.config import Dimension, TuneConfig
 from tuning.ledger import best_of, failures_of, params_of
 
 ENOUGH = 10
@@ -32,7 +32,7 @@ class Compared:
     trials: list[FrozenTrial]
 
 
-def comparable(trials: Sequence[FrozenTrial], direction: str) -> Compared:
+def comparable(trials: Sequence[FrozenTrial], config: TuneConfig) -> Compared:
     """The trials that did not fail, by their value after the last epoch that nearly all of them have reached.
 
     Values of pruned trials at their ends are of other epochs than those of finished ones.
@@ -41,7 +41,7 @@ def comparable(trials: Sequence[FrozenTrial], direction: str) -> Compared:
     reached = sorted(max(trial.intermediate_values) for trial in measured)
     epoch = reached[len(reached) // 20] if reached else 0
     kept = [trial for trial in measured if epoch in trial.intermediate_values]
-    study = optuna.create_study(direction=direction)
+    study = optuna.create_study(direction=config.directions[0])
     study.add_trials(
         optuna.trial.create_trial(
             params=trial.params, distributions=trial.distributions, value=trial.intermediate_values[epoch]
@@ -64,17 +64,56 @@ def importances(compared: Compared) -> dict[str, float]:
     return dict(found)
 
 
-def in_words(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metric: Metric) -> list[str]:
+def study_of(trials: Sequence[FrozenTrial], config: TuneConfig) -> optuna.Study | None:
+    """The finished trials of a search with several objectives, in memory; None where there are none."""
+    finished = _finished(trials)
+    if not config.objectives or not finished:
+        return None
+    study = optuna.create_study(directions=config.directions)
+    study.add_trials(finished)
+    return study
+
+
+def front_of(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[FrozenTrial]:
+    """The trials that no other one beats in every objective (the Pareto front), the best by the metric first.
+
+    None where the search has one objective.
+    """
+    study, finished = study_of(trials, config), _finished(trials)
+    if study is None:
+        return []
+    sign = 1 if config.directions[0] == "minimize" else -1
+    # Numbers in memory are those of the finished ones alone.
+    return sorted((finished[t.number] for t in study.best_trials), key=lambda trial: sign * trial.values[0])
+
+
+def _finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state is TrialState.COMPLETE]
+
+
+def settings_of(trial: FrozenTrial) -> str:
+    """The settings of a trial for a reader."""
+    return ", ".join(f"{name} {setting(value)}" for name, value in params_of(trial).items())
+
+
+def in_words(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
     """Sentences on a search."""
+    metric = config.metric
     found = best_of(trials, metric)
     if found is None:
         return ["No trial has reported a result."]
     best, epoch, value = found
-    settings = ", ".join(f"{name} {setting(v)}" for name, v in params_of(best).items())
     lines = [
-        f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after {epoch} epochs, {settings}."
+        f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after {epoch} epochs, "
+        f"{settings_of(best)}."
     ]
-    compared = comparable(trials, "minimize" if better(metric, (0, 1)) == 0 else "maximize")
+    if front := front_of(trials, config):
+        names = ", ".join(title(name) for name in config.objective_names)
+        numbers = ", ".join(str(trial.number) for trial in front)
+        lines.append(f"No other trial beats these in everything ({names}): {numbers}.")
+    if refused := [trial for trial in trials if any(excess > 0 for excess in trial.constraints.values())]:
+        lines.append(f"{len(refused)} trials were above a limit ({', '.join(config.limits)}) and did not train.")
+    compared = comparable(trials, config)
     weights = importances(compared)
     if not weights:
         lines.append(f"With fewer than {ENOUGH} trials that differ, nothing can be said of what mattered.")
@@ -87,19 +126,19 @@ def in_words(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metr
     )
     if idle := [name for name, share in weights.items() if share < HARDLY]:
         lines.append(f"Hardly mattered: {', '.join(idle)}. The trials are better spent on the others.")
-    return lines + ranges(trials, space, metric) + failures(trials)
+    return lines + ranges(trials, config) + failures(trials)
 
 
-def ranges(trials: Sequence[FrozenTrial], space: Mapping[str, Dimension], metric: Metric) -> list[str]:
+def ranges(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
     """Which ranges the best trials press against."""
     measured = [trial for trial in trials if trial.intermediate_values and trial.state is not TrialState.FAIL]
     if len(measured) < ENOUGH:
         return []
-    sign = -1 if better(metric, (0, 1)) == 1 else 1
-    ranked = sorted(measured, key=lambda trial: sign * better(metric, trial.intermediate_values.values()))
+    sign = 1 if config.directions[0] == "minimize" else -1
+    ranked = sorted(measured, key=lambda trial: sign * better(config.metric, trial.intermediate_values.values()))
     top = ranked[: max(3, round(BEST_SHARE * len(ranked)))]
     lines = []
-    for name, dimension in space.items():
+    for name, dimension in config.space.items():
         if dimension.choices is not None:
             continue
         places = [place(dimension, float(params_of(trial)[name])) for trial in top if name in params_of(trial)]

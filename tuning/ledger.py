@@ -9,28 +9,36 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from cluster.errors import HelioError
+from cluster.run import write_atomic
 from jobs.evaluation.metrics import Metric, better
 from tuning.config import TuneConfig
-from tuning.samplers import make_pruner, make_sampler
+from tuning.samplers import make_pruner, make_sampler, ranked_at
 from tuning.space import Space
 from tuning.storage import Storage
 
 BEAT_S, DEAD_AFTER_S = 10.0, 60.0
 """How often a driver shows that it lives, and after how long without a sign another machine's counts as dead."""
+SUCCEEDS = "succeeds"
+"""Attribute of a trial that goes on from another one: in whose place, whose, and after which epoch."""
 GONE = -1
 """The sign of a driver that has ended in good order."""
+PROGRESS = "progress.npz"
+"""What a trial goes on from, in its directory."""
 ALIKE = 3
 """So many trials that fail alike before any has ended well end the search."""
 
@@ -84,7 +92,7 @@ class Ledger:
         self.study = optuna.create_study(
             study_name=name,
             storage=storage.optuna,
-            direction=config.direction,
+            directions=config.directions,
             pruner=make_pruner(config, epochs),
             load_if_exists=True,
         )
@@ -140,7 +148,7 @@ class Ledger:
     def over(self) -> bool:
         """Whether every trial of the search has ended, whoever saw to it."""
         trials = self.trials()
-        return len(trials) >= self._config.trials and all(t.state.is_finished() for t in trials)
+        return not self._more(trials) and all(t.state.is_finished() for t in trials)
 
     def take(self) -> Assignment | None:
         """The next trial for this driver: one that has to be begun again, one whose driver is gone, or a new one.
@@ -154,9 +162,7 @@ class Ledger:
             for trial in trials:
                 if trial.state is TrialState.RUNNING and trial.number not in self._mine and self._is_orphan(trial):
                     return self._assign(trial)
-            if len(trials) < self._config.trials:
-                return self._assign(None)
-            return None
+            return self._assign(None) if self._more(trials) else None
 
     def report(self, number: int, epoch: int, value: float, figures: dict[str, float]) -> bool:
         """Record what a trial has reached after an epoch. True: it is to be ended, as hopeless or as another's."""
@@ -174,10 +180,19 @@ class Ledger:
         return better(self._config.metric, values)
 
     def complete(self, number: int) -> None:
-        """A trial has done all its epochs; its value is that of its best one."""
+        """A trial has done all its epochs; what it has reached is what its best one has."""
         if self._is_mine(number):
-            values = self._frozen(number).intermediate_values.values()
-            self._end(number, TrialState.COMPLETE, self.better(values))
+            trial, further = self._frozen(number), self._config.objectives
+            figures, value = trial.user_attrs["figures"], self.better(trial.intermediate_values.values())
+            self._constrain(number, figures)
+            self._end(number, TrialState.COMPLETE, [value, *(figures[name] for name in further)])
+
+    def refuse(self, number: int, costs: Mapping[str, float], reason: str) -> None:
+        """A trial whose model is above a limit is ended before it has trained; the sampler hears by how much."""
+        if self._is_mine(number):
+            self._constrain(number, costs)
+            self._note(number, "figures", dict(costs))
+            self.prune(number, reason)
 
     def prune(self, number: int, reason: str | None = None) -> None:
         """A trial is ended before its time: by the pruner, or for a reason that is kept with it."""
@@ -185,6 +200,12 @@ class Ledger:
             if reason is not None:
                 self._note(number, "ended", reason)
             self._end(number, TrialState.PRUNED)
+
+    def give_up(self, reason: str) -> None:
+        """End every trial that this driver sees to, also those that are to be begun again."""
+        for number in list(self._mine):
+            self.prune(number, reason)
+        self._again.clear()
 
     def fail(self, number: int, failure: Failure) -> bool:
         """An attempt has failed. True: the trial will be begun again; else it is recorded as FAIL."""
@@ -228,6 +249,36 @@ class Ledger:
         last = [failures_of(trial)[-1] for trial in ended]
         return last[0] if len({one.kind for one in last}) == 1 else None
 
+    def _more(self, trials: list[FrozenTrial]) -> bool:
+        """Whether a new trial is to begin."""
+        if len(trials) >= self._config.trials:
+            return False
+        if self._config.pruner != "pbt":
+            return True
+        afresh = sum(SUCCEEDS not in trial.user_attrs for trial in trials)
+        return afresh < self._config.population or self._succession(trials) is not None
+
+    def _succession(self, trials: list[FrozenTrial]) -> dict[str, int] | None:
+        """The first trial of a population that was ended and has no successor yet, and whom that one goes on from."""
+        followed = {trial.user_attrs[SUCCEEDS]["trial"] for trial in trials if SUCCEEDS in trial.user_attrs}
+        for trial in trials:
+            epoch = trial.last_step
+            if trial.state is not TrialState.PRUNED or trial.number in followed or epoch is None:
+                continue
+            if "ended" in trial.user_attrs:
+                continue
+            ranked = ranked_at(trials, epoch, self.study.direction)
+            first = ranked[: max(1, len(ranked) // self._config.reduction_factor)]
+            parent = first[np.random.default_rng([self._seed, trial.number]).integers(len(first))]
+            return {"trial": trial.number, "parent": parent.number, "epoch": epoch}
+        return None
+
+    def _succeed(self, identifier: int, succession: dict[str, int]) -> dict[str, Any]:
+        """Settings of a trial that goes on from another one, as Optuna would have drawn them."""
+        self.storage.optuna.set_trial_user_attr(identifier, SUCCEEDS, succession)
+        parent = params_of(self.trials()[succession["parent"]])
+        return self._space.near(parent, [self._seed, succession["trial"], succession["parent"]])
+
     def _assign(self, trial: FrozenTrial | None) -> Assignment:
         """See to a trial, or to a new one."""
         study, database = self.study, self.storage.optuna
@@ -236,7 +287,11 @@ class Ledger:
         identifier = database.create_new_trial(self._id) if trial is None else trial._trial_id
         # A driver may have died before it had drawn a value.
         if not database.get_trial(identifier).params:
-            given = self._beginning(number, make_sampler(self._config, self._seed, number), self._space)
+            succession = self._succession(self.trials()) if self._config.pruner == "pbt" else None
+            if succession is not None:
+                given = self._succeed(identifier, succession)
+            else:
+                given = self._beginning(number, make_sampler(self._config, self._seed, number), self._space)
             if given:
                 database.set_trial_system_attr(identifier, "fixed_params", given)
         live = optuna.Trial(study, identifier)
@@ -247,14 +302,25 @@ class Ledger:
         live.set_user_attr("directory", directory)
         params = self._space.suggest(live)
         live.set_user_attr("params", params)
+        succeeds = live.user_attrs.get(SUCCEEDS)
+        progress = Path(directory) / PROGRESS
+        if succeeds is not None and not progress.exists():
+            parent = Path(self.trials()[succeeds["parent"]].user_attrs["directory"])
+            progress.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(progress, partial(shutil.copyfile, milestone(parent, succeeds["epoch"])))
         self._mine[live.number] = live._trial_id
         return Assignment(live.number, params, Path(directory), len(attempts))
 
-    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
+    def _end(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
         # The sampler that drew the trial hears of its end.
         self.study.sampler = make_sampler(self._config, self._seed, number)
-        self.study.tell(number, value, state=state)
+        self.study.tell(number, values, state=state)
         del self._mine[number]
+
+    def _constrain(self, number: int, figures: Mapping[str, float]) -> None:
+        trial = optuna.Trial(self.study, self._mine[number])
+        for name, limit in self._config.limits.items():
+            trial.set_constraint(name, figures[name] - limit)
 
     def _note(self, number: int, name: str, value: Any) -> None:
         self.storage.optuna.set_trial_user_attr(self._mine[number], name, value)
@@ -284,6 +350,11 @@ class Ledger:
         if self._seen.get(driver, (None, 0.0))[0] != sign:
             self._seen[driver] = sign, time.monotonic()
         return sign == GONE or time.monotonic() - self._seen[driver][1] > DEAD_AFTER_S
+
+
+def milestone(directory: Path, epoch: int) -> Path:
+    """What other trials may go on from: where a trial was after an epoch."""
+    return directory / f"epoch-{epoch}.npz"
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:

@@ -5,8 +5,11 @@ what counts is their mean, so that a lucky split or draw does not win.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,23 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from cluster.run import write_atomic
 from jobs.evaluation.metrics import Metric, better, measure
+from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from jobs.training.device import set_up_tensorflow
-from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, load_arrays, save_arrays
-from tuning.slot import Epoch, NotFinite
+from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, Workers, load_arrays, save_arrays
+from tuning.config import Cost
+from tuning.costs import measure_costs
+from tuning.gang import Gang
+from tuning.ledger import PROGRESS, milestone
+from tuning.slot import Epoch, NotFinite, Objective, TooCostly
+from tuning.space import split
 
-PROGRESS, BEST = "progress.npz", "best.npz"
-"""What a trial leaves in its directory: where it is, and the weights of its best epoch where there is one model."""
+BEST = "best.npz"
+"""What a trial leaves in its directory beside PROGRESS: the weights of its best epoch where there is one model."""
+KEPT_MODELS = 3
+"""Compiled models of different shapes that a slot keeps, where the search is over the model, too."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,25 @@ class Finetuning:
     seeds: int
     threads: int
     gpus: float
+    costs: Sequence[str] = ()
+    """To be measured, of `tuning.config.Cost`."""
+    limits: Mapping[Cost, float] = field(default_factory=dict)
+    milestones_every: int | None = None
+    """Leave what others may go on from after every so many epochs."""
+    workers: int = 1
+    memory_gb: float | None = None
+    """Of each worker."""
 
-    def __call__(self) -> "FinetuneObjective":
+    def __call__(self) -> Objective:
+        return self.of_worker(0) if self.workers == 1 else Gang(self.of_worker, self.workers, self.memory_gb)
+
+    def of_worker(self, rank: int) -> "FinetuneObjective":
+        """In the process of one worker."""
+        from jobs.training.step import make_strategy
+
         set_up_tensorflow(self.threads, self.gpus)
-        return FinetuneObjective(ray.get(self.material[0]), self)
+        workers = None if self.workers == 1 else Workers(make_strategy(), rank, self.workers)
+        return FinetuneObjective(ray.get(self.material[0]), self, workers)
 
 
 @dataclass(frozen=True)
@@ -62,23 +89,39 @@ class _Member:
     held_out: LabelledImages
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What a slot has of a model's shape: compiled once for all trials of it."""
+
+    members: list[_Member]
+    costs: dict[str, float]
+
+
 class FinetuneObjective:
     """Fine-tunes with the settings of the recipe and those of a trial."""
 
-    def __init__(self, material: Material, settings: Finetuning) -> None:
-        self._settings = settings
-        self._members = _members(material, settings.folds, settings.seeds)
+    def __init__(self, material: Material, settings: Finetuning, workers: Workers | None = None) -> None:
+        """Of several workers the first judges, and keeps what is to be kept."""
+        self._material, self._settings, self._workers = material, settings, workers
+        self._shapes: OrderedDict[str, _Shape] = OrderedDict()
 
     def run(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
-        """See `Objective.run`. The value is the recipe's metric; the figures are the loss and all metrics."""
-        config, metric = self._settings.base.model_copy(update=params), self._settings.metric
-        members, file = self._members, directory / PROGRESS
-        values, former = _read(file) if file.exists() else ([], [None] * len(members))
-        trainings = [
-            member.finetuner.train(member.training, config, progress=progress)
-            for member, progress in zip(members, former, strict=True)
-        ]
-        for epochs in zip(*trainings, strict=True):
+        """See `Objective.run`. The value is the recipe's metric; the figures are loss, metrics and costs."""
+        if self._workers is not None and self._workers.rank > 0:
+            yield from self._follow(params, directory)
+            return
+        finetune, model = split(params)
+        config, metric = self._settings.base.model_copy(update=finetune), self._settings.metric
+        shape, file = self._shape(model, directory), directory / PROGRESS
+        members, limits = shape.members, self._settings.limits
+        if too_much := [
+            f"{name} is {shape.costs[name]:.3g}, the limit {limit:g}"
+            for name, limit in limits.items()
+            if shape.costs[name] > limit
+        ]:
+            raise TooCostly("; ".join(too_much), shape.costs)
+        values, former = _former(members, directory)
+        for epochs in zip(*_trainings(members, config, former), strict=True):
             epoch, loss = epochs[0][0], float(np.mean([loss for _, loss in epochs]))
             if math.isnan(loss):
                 raise NotFinite(f"not one step of epoch {epoch} had a finite gradient")
@@ -94,20 +137,62 @@ class FinetuneObjective:
             last = epoch == config.epochs or (patience is not None and epoch - best >= patience)
             if not last:
                 _write(file, values, [member.finetuner.progress() for member in members])
-            yield Epoch(epoch, figures[metric], {"loss": loss, **figures}, last)
+                every = self._settings.milestones_every
+                if every is not None and not epoch % every:
+                    write_atomic(milestone(directory, epoch), partial(shutil.copyfile, file))
+            yield Epoch(epoch, figures[metric], {"loss": loss, **figures, **shape.costs}, last)
             if last:
                 break
         file.unlink(missing_ok=True)
 
+    def _follow(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
+        """What the other workers do: the same training, of which the first one tells."""
+        finetune, model = split(params)
+        config, members = self._settings.base.model_copy(update=finetune), self._shape(model, directory).members
+        for epochs in zip(*_trainings(members, config, _former(members, directory)[1]), strict=True):
+            yield Epoch(epochs[0][0], math.nan, {}, last=False)
 
-def _members(material: Material, folds: int, seeds: int) -> list[_Member]:
-    start, labelled, validation = material.start, material.labelled, material.validation
+    def _shape(self, settings: Mapping[str, Any], directory: Path) -> _Shape:
+        model = self._material.start.model.changed(settings)
+        key = model.model_dump_json()
+        if key not in self._shapes:
+            while len(self._shapes) >= KEPT_MODELS:
+                self._shapes.popitem(last=False)
+            members, costs = _members(self._material, model, self._settings, self._workers), self._settings.costs
+            if costs and (self._workers is None or self._workers.rank == 0):
+                classifier, size = members[0].finetuner.classifier, self._material.start.image_size
+                measured = measure_costs(classifier, size, directory)
+            else:
+                measured = {}
+            self._shapes[key] = _Shape(members, {name: measured[name] for name in measured if name in costs})
+        self._shapes.move_to_end(key)
+        return self._shapes[key]
+
+
+def _trainings(
+    members: list[_Member], config: FinetuneConfig, former: list[Progress | None]
+) -> list[Iterator[tuple[int, float]]]:
+    return [
+        member.finetuner.train(member.training, config, progress=progress)
+        for member, progress in zip(members, former, strict=True)
+    ]
+
+
+def _former(members: list[_Member], directory: Path) -> tuple[list[float], list[Progress | None]]:
+    """What a former attempt has reached: (values by epoch, where each model was)."""
+    file = directory / PROGRESS
+    return _read(file) if file.exists() else ([], [None] * len(members))
+
+
+def _members(material: Material, model: ModelConfig, settings: Finetuning, workers: Workers | None) -> list[_Member]:
+    folds = settings.folds
+    start, labelled, validation = replace(material.start, model=model), material.labelled, material.validation
     if validation is not None:
-        starts = [replace(start, seed=start.seed + number) for number in range(seeds)]
-        return [_Member(Finetuner(one), labelled, validation) for one in starts]
+        starts = [replace(start, seed=start.seed + number) for number in range(settings.seeds)]
+        return [_Member(Finetuner(one, workers), labelled, validation) for one in starts]
     fold = stratified_folds(labelled.labels, folds, start.seed)
     rows = [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(folds)]
-    return [_Member(Finetuner(start), labelled.take(others), labelled.take(own)) for others, own in rows]
+    return [_Member(Finetuner(start, workers), labelled.take(others), labelled.take(own)) for others, own in rows]
 
 
 def stratified_folds(labels: NDArray[np.int32], folds: int, seed: int) -> NDArray[np.int64]:

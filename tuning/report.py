@@ -15,11 +15,11 @@ from optuna.trial import FrozenTrial
 
 from cluster.errors import HelioError
 from cluster.output import Output
-from cluster.run import Run, write_atomic
+from cluster.run import Run
 from jobs.charts import (
     BLUE,
     GREY,
-    SEARCH_NAMES,
+    SEARCH_COLORS,
     STATES,
     VERMILION,
     Chart,
@@ -30,12 +30,13 @@ from jobs.charts import (
     learning_curves,
     plotted_chart,
     search_chart,
+    search_name,
     trials_sheet,
 )
-from jobs.evaluation.metrics import title
-from jobs.report import CSS, figures, sheet_table
-from tuning.config import TuneConfig
-from tuning.insight import comparable, importances, in_words
+from jobs.evaluation.metrics import title, told
+from jobs.report import figures, sheet_table, write_page
+from tuning.config import SCRATCH, TuneConfig
+from tuning.insight import comparable, front_of, importances, in_words, settings_of, study_of
 from tuning.ledger import best_of, failures_of
 from tuning.search import history
 from tuning.storage import Storage, find_study, place_of
@@ -49,16 +50,22 @@ def report_command(run: Run, as_json: bool, output: Output) -> int:
     """Write `<run>/tune.html` and print what the search has taught. Raises HelioError where there is none."""
     config = run.recipe.section(TuneConfig)
     studies = _studies(run)
+    searches = {stage: _as_result(stage, trials, config) for stage, trials in studies.items()}
     path = run.directory / FILE
     with output.noise_to(run.directory / "run.log"):
-        words = {stage: in_words(trials, config.space, config.metric) for stage, trials in studies.items()}
-        page = _page(run, config, studies, words)
-    write_atomic(path, lambda target: target.write_text(page, encoding="utf-8"))
+        words = {stage: in_words(trials, config) for stage, trials in studies.items()}
+        write_page(path, f"{run.name}: search", _body(run, config, studies, searches, words))
     if as_json:
         print(json.dumps({"report": str(path), "words": words}, indent=2), file=output.results)
         return 0
     for stage, lines in words.items():
-        print(f"Search, {SEARCH_NAMES[stage]}", *(f"  {line}" for line in lines), "", sep="\n", file=output.results)
+        print(
+            f"Search, {search_name(searches[stage])}",
+            *(f"  {line}" for line in lines),
+            "",
+            sep="\n",
+            file=output.results,
+        )
     print(f"report: {path}", file=output.results)
     return 0
 
@@ -66,22 +73,26 @@ def report_command(run: Run, as_json: bool, output: Output) -> int:
 def _studies(run: Run) -> dict[str, list[FrozenTrial]]:
     """The trials of each search of a run."""
     config = run.recipe.section(TuneConfig)
-    found = {stage: find_study(config, run.directory, stage) for stage in SEARCH_NAMES}
+    found = {stage: find_study(config, run.directory, stage) for stage in SEARCH_COLORS}
     studies = {stage: study.get_trials(deepcopy=False) for stage, study in found.items() if study is not None}
     if not any(studies.values()):
         raise HelioError(f"run {run.name} has made no search yet: `helio tune --resume {run.name}` makes it")
     return {stage: trials for stage, trials in studies.items() if trials}
 
 
-def _page(
-    run: Run, config: TuneConfig, studies: Mapping[str, list[FrozenTrial]], words: Mapping[str, list[str]]
+def _body(
+    run: Run,
+    config: TuneConfig,
+    studies: Mapping[str, list[FrozenTrial]],
+    searches: Mapping[str, dict[str, Any]],
+    words: Mapping[str, list[str]],
 ) -> str:
-    searches = {stage: _as_result(trials, config) for stage, trials in studies.items()}
     measured = {stage: search for stage, search in searches.items() if search["best"] is not None}
     body = [f"<p>{escape(run.recipe.header.description)}</p>"]
     for stage, lines in words.items():
-        body += [f"<h2>{escape(SEARCH_NAMES[stage])}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
-        body += [figures(_of_study(studies[stage], config)), sheet_table(failures_sheet(studies[stage]))]
+        body += [f"<h2>{escape(search_name(searches[stage]))}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
+        body += [figures(_of_study(studies[stage], config))]
+        body += [sheet_table(front_sheet(studies[stage], config)), sheet_table(failures_sheet(studies[stage]))]
     if measured:
         body += [
             "<h2>Trials</h2>",
@@ -89,25 +100,20 @@ def _page(
             figures(learning_curves(measured)),
             sheet_table(trials_sheet(measured)),
         ]
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(run.name)}: search</title><style>{CSS}</style></head><body>
-<h1>{escape(run.name)}: search</h1>
-{"".join(body)}
-</body></html>
-"""
+    return "".join(body)
 
 
-def _as_result(trials: Sequence[FrozenTrial], config: TuneConfig) -> dict[str, Any]:
+def _as_result(stage: str, trials: Sequence[FrozenTrial], config: TuneConfig) -> dict[str, Any]:
     found = best_of(trials, config.metric)
     best = None if found is None else {"number": found[0].number}
-    return {"metric": config.metric, "best": best, "history": history(trials)}
+    initial = SCRATCH if stage == "baseline" else config.checkpoint
+    return {"metric": config.metric, "initial": initial, "best": best, "history": history(trials)}
 
 
 def _of_study(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
     """Time line, and where trials can be compared Optuna's importances, slices and parallel coordinates."""
-    charts = [time_line(trials)]
-    compared = comparable(trials, config.direction)
+    charts = [*fronts(trials, config), time_line(trials)]
+    compared = comparable(trials, config)
     weights = importances(compared)
     if not weights:
         return charts
@@ -134,6 +140,37 @@ def _of_study(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
         ),
         *charts,
     ]
+
+
+def fronts(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
+    """The metric against each further objective; the trials of the front are those that none beats in everything."""
+    study = study_of(trials, config)
+    if study is None:
+        return []
+
+    def front(place: int, name: str) -> Chart:
+        return plotted_chart(
+            f"Pareto front: {title(config.metric)} against {title(name)}",
+            lambda: optuna.visualization.matplotlib.plot_pareto_front(
+                study,
+                targets=lambda trial: (trial.values[place], trial.values[0]),
+                target_names=[title(name), title(config.metric)],
+            ),
+            (4.2, 2.9),
+        )
+
+    return [front(place, name) for place, name in enumerate(config.objectives, start=1)]
+
+
+def front_sheet(trials: Sequence[FrozenTrial], config: TuneConfig) -> Sheet:
+    """The trials of the front, the best by the metric first."""
+    names, found = config.objective_names, front_of(trials, config)
+    rows = [
+        [str(t.number), *(told(name, v) for name, v in zip(names, t.values, strict=True)), settings_of(t)]
+        for t in found
+    ]
+    head = ["trial", *(title(name) for name in names), "settings"]
+    return Sheet("The Pareto front: no other trial beats these in everything", head, rows)
 
 
 def time_line(trials: Sequence[FrozenTrial]) -> Chart:

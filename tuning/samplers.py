@@ -1,6 +1,7 @@
 """What suggests the next trial, and what ends a hopeless one: Optuna's, made from a recipe."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import optuna
@@ -12,7 +13,8 @@ from tuning.config import TuneConfig
 
 def make_sampler(config: TuneConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
     """A sampler for the trial of this number: `tpe` (Bergstra et al. 2011), `cmaes` (Hansen & Ostermeier 2001), `gp`
-    (log-EI on a Gaussian process, Ament et al. 2023), `random`; the points of a `grid` are given.
+    (log-EI on a Gaussian process, Ament et al. 2023), `nsga2` (Deb et al. 2002), `random`; the points of a `grid` are
+    given.
 
     Each trial has one of its own, seeded by the search's seed and its number: a search that goes on after a crash does
     not draw the same again, and what was drawn does not depend on how often it was interrupted.
@@ -29,6 +31,10 @@ def make_sampler(config: TuneConfig, seed: int, number: int) -> optuna.samplers.
         return optuna.samplers.GPSampler(
             seed=own, n_startup_trials=config.startup_trials, warn_independent_sampling=False
         )
+    if config.sampler == "nsga2":
+        # Optuna's own fifty are more than most searches have trials; five generations at least should be.
+        population = max(4, min(50, config.trials // 5))
+        return optuna.samplers.NSGAIISampler(seed=own, population_size=population)
     # multivariate, group: learning rate, decay and augmentation act together, within each branch of the space (Falkner
     # et al. 2018). constant_liar: what runs now counts as bad, so that slots do not all try the same.
     return optuna.samplers.TPESampler(
@@ -37,7 +43,10 @@ def make_sampler(config: TuneConfig, seed: int, number: int) -> optuna.samplers.
 
 
 def make_pruner(config: TuneConfig, epochs: int) -> optuna.pruners.BasePruner:
-    """`asha` (Li et al. 2020), `hyperband` (Li et al. 2018), `median` (Golovin et al. 2017) or none."""
+    """`asha` (Li et al. 2020), `hyperband` (Li et al. 2018), `median` (Golovin et al. 2017), `pbt` (Jaderberg et al.
+    2017) or none."""
+    if config.pruner == "pbt":
+        return Truncation(config.grace_epochs, config.reduction_factor, epochs)
     grace = min(config.grace_epochs, epochs)
     if config.pruner == "asha":
         return SuccessiveHalving(grace, config.reduction_factor)
@@ -74,3 +83,30 @@ class SuccessiveHalving(optuna.pruners.BasePruner):
         ]
         values.sort(reverse=study.direction is StudyDirection.MAXIMIZE)
         return value not in values[: max(1, len(values) // self._eta)]
+
+
+class Truncation(optuna.pruners.BasePruner):
+    """Truncation selection of population-based training (Jaderberg et al. 2017): every so many epochs the last one in
+    so many of the trials that came so far ends; who goes on in its place says the ledger.
+    """
+
+    def __init__(self, every: int, factor: int, epochs: int) -> None:
+        self._every, self._factor, self._epochs = every, factor, epochs
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether a trial ends after its last epoch."""
+        epoch = trial.last_step
+        if epoch is None or epoch % self._every or epoch >= self._epochs:
+            return False
+        ranked = ranked_at(study.get_trials(deepcopy=False), epoch, study.direction)
+        last = ranked[len(ranked) - len(ranked) // self._factor :]
+        return trial.number in [one.number for one in last]
+
+
+def ranked_at(trials: Iterable[FrozenTrial], epoch: int, direction: StudyDirection) -> list[FrozenTrial]:
+    """The trials that have a value after an epoch, the best first."""
+    sign = -1 if direction is StudyDirection.MAXIMIZE else 1
+    return sorted(
+        (trial for trial in trials if epoch in trial.intermediate_values),
+        key=lambda trial: (sign * trial.intermediate_values[epoch], trial.number),
+    )

@@ -1,7 +1,8 @@
 """The search: Ray Tune runs fine-tuning trials, Optuna suggests them and stops the hopeless ones.
 
 All trials read one decoded copy of the labelled images in Ray's object store. The baseline is the same search, with the
-same number of trials and epochs, from random weights.
+same number of trials and epochs, from random weights. Where the search itself starts from them, it may be over the
+model, too.
 """
 
 import time
@@ -27,10 +28,11 @@ from jobs.training.finetune import Start
 from tuning import first
 from tuning.config import TuneConfig
 from tuning.engine import Told, run_trials
-from tuning.ledger import Ledger, failures_of, params_of
+from tuning.insight import front_of, settings_of
+from tuning.ledger import SUCCEEDS, Ledger, failures_of, params_of
 from tuning.objective import BEST, Finetuning, Material
 from tuning.slot import Limits
-from tuning.space import Space
+from tuning.space import Space, split
 from tuning.storage import Storage, place_of
 from tuning.table import ENDS, TrialTable
 
@@ -53,7 +55,7 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
         base = base.model_copy(update=OF_PRETRAINED)
     directory = run.directory / stage
     url, name = place_of(config, run.directory, stage)
-    storage, space = Storage(url), Space(dimensions, base)
+    storage, space = Storage(url), Space(dimensions, base, start.model)
     run.cleanup.callback(storage.close)
     earlier = first.find_earlier(config.warm_start, run, stage) if config.warm_start else None
     beginning = first.make_beginning(config, space, run.recipe.seed, earlier)
@@ -74,6 +76,8 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
             "space": {name: dimension.model_dump() for name, dimension in dimensions.items()},
             "finetune": base.model_dump(),
             "metric": config.metric,
+            "objectives": config.objectives,
+            "limits": config.limits,
             "folds": config.folds,
             "seeds": config.seeds,
             "seed": run.recipe.seed,
@@ -137,17 +141,28 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
             config.seeds,
             resources.threads_per_trial,
             resources.gpus_per_trial,
+            config.costs,
+            config.limits,
+            config.grace_epochs if config.pruner == "pbt" else None,
+            resources.workers_per_trial,
+            resources.memory_gb,
         )
+        process = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
+        many = resources.workers_per_trial
         ended_by = run_trials(
             ledger,
             make,
             Limits(config.epoch_timeout_s, resources.memory_gb),
             slots=resources.concurrent,
-            resources={"cpu": resources.cpus_per_trial, "gpu": resources.gpus_per_trial},
+            # The slot of a trial of several workers only waits for them.
+            resources=[process] if many == 1 else [{}, *[process] * many],
             directory=directory,
             tell=tell,
             spent=lambda: _spent(config, table, time.monotonic() - started, resources),
         )
+    if ledger.over:
+        for left in directory.glob("*/epoch-*.npz"):
+            left.unlink()
     if ended_by is not None:
         run.progress.say(f"  the search has ended early: {ended_by}")
     return _summary(ledger, storage, base, checkpoint, time.monotonic() - started, ended_by, run)
@@ -163,7 +178,8 @@ def _record(trial: FrozenTrial, metric: Metric, lineage: dict[str, str]) -> Tria
         began_ms=round(1000 * trial.datetime_start.timestamp()),
         ended_ms=round(1000 * trial.datetime_complete.timestamp()),
         failures=[failure.cause for failure in failures_of(trial)],
-        tags=lineage,
+        tags=lineage
+        | ({} if SUCCEEDS not in trial.user_attrs else {"helio.succeeds": str(trial.user_attrs[SUCCEEDS])}),
     )
 
 
@@ -172,7 +188,7 @@ def _spent(config: TuneConfig, table: TrialTable, seconds: float, resources: Tri
     if config.max_hours is not None and seconds > 3600 * config.max_hours:
         return f"tune.max_hours={config.max_hours:g} are over"
     if config.max_device_hours is not None:
-        used = table.ledger.all_busy_s() * (resources.gpus_per_trial or resources.cpus_per_trial) / 3600
+        used = table.ledger.all_busy_s() * _devices(resources) / 3600
         if used > config.max_device_hours:
             return f"tune.max_device_hours={config.max_device_hours:g} are used up ({used:.2f})"
     best = table.best
@@ -182,6 +198,11 @@ def _spent(config: TuneConfig, table: TrialTable, seconds: float, resources: Tri
     if limit is not None and table.without_gain >= limit:
         return f"the last {table.without_gain} trials were no better (tune.max_trials_without_gain={limit})"
     return None
+
+
+def _devices(resources: TrialResources) -> float:
+    """GPUs of a trial, or CPUs where it has none."""
+    return resources.workers_per_trial * (resources.gpus_per_trial or resources.cpus_per_trial)
 
 
 def _summary(
@@ -194,17 +215,24 @@ def _summary(
     run: Run,
 ) -> dict[str, Any]:
     """The stage's result, read from the study: states, each trial's curve, and the winner's full configuration."""
-    trials, found, metric = ledger.trials(), ledger.best(), run.recipe.section(TuneConfig).metric
+    trials, found, config = ledger.trials(), ledger.best(), run.recipe.section(TuneConfig)
+    metric = config.metric
     states = Counter(trial.state.name for trial in trials)
     if found is None:
         raise HelioError(f"no trial of the search reported a result: see {run.directory / 'run.log'}")
     best, epochs, value = found
     params = params_of(best)
-    shown = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.3g}" for k, v in params.items())
     run.progress.say(
         f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; best: trial "
-        f"{best.number}, validation {title(metric)} {told(metric, value)} after {epochs} epochs ({shown})"
+        f"{best.number}, validation {title(metric)} {told(metric, value)} after {epochs} epochs ({settings_of(best)})"
     )
+    front = front_of(trials, config)
+    for trial in front:
+        values = [
+            f"{title(name)} {told(name, v)}" for name, v in zip(config.objective_names, trial.values, strict=True)
+        ]
+        run.progress.say(f"  of the front: trial {trial.number}, {', '.join(values)} ({settings_of(trial)})")
+    finetune, model = split(params)
     weights = Path(best.user_attrs["directory"]) / BEST
     return {
         "initial": str(checkpoint.directory) if checkpoint else "scratch",
@@ -222,9 +250,14 @@ def _summary(
             "figures": best.user_attrs["figures"],
             "epochs": epochs,
             "params": params,
-            "config": base.model_copy(update=params).model_dump(),
+            "config": base.model_copy(update=finetune).model_dump(),
+            "model": run.recipe.section(ModelConfig).changed(model).model_dump(),
             "weights": str(weights) if weights.exists() else None,
         },
+        "front": [
+            {"number": trial.number, "values": dict(zip(config.objective_names, trial.values, strict=True))}
+            for trial in front
+        ],
         "history": history(trials),
     }
 
@@ -236,6 +269,7 @@ def history(trials: Iterable[FrozenTrial]) -> list[dict[str, Any]]:
             "number": trial.number,
             "state": trial.state.name,
             "params": params_of(trial),
+            "first_epoch": min(trial.intermediate_values, default=1),
             "curve": [trial.intermediate_values[epoch] for epoch in sorted(trial.intermediate_values)],
             "seconds": round(trial.duration.total_seconds(), 2) if trial.duration else None,
             "failures": [vars(failure) for failure in failures_of(trial)],

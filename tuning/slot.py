@@ -11,11 +11,11 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from ray import tune
 
@@ -25,8 +25,24 @@ LOOK_S = 0.1
 """How often the memory is looked at."""
 
 
+class TooMuchMemory(MemoryError):
+    """A worker of a trial has taken more than it may, and is gone."""
+
+
 class NotFinite(Exception):
     """A training whose figures are no numbers any more."""
+
+
+class Lost(Exception):
+    """A worker of a trial, or its node, is gone."""
+
+
+class TooCostly(Exception):
+    """A model above a limit of the search, with what it costs."""
+
+    def __init__(self, reason: str, costs: Mapping[str, float]) -> None:
+        super().__init__(reason)
+        self.costs = dict(costs)
 
 
 @dataclass(frozen=True)
@@ -90,12 +106,21 @@ class Slot(tune.Trainable):
             with self._watched():
                 epoch = next(self._epochs)
             busy = time.monotonic() - started
+        except TooCostly as error:
+            self._write(f"ends: {error}")
+            return {"costs": error.costs, "reason": str(error), "slot": self._name, "done": True}
         except Exception as error:
             traceback.print_exc(file=self._log)
             self._log.flush()
-            kind = {NotFinite: "not finite", MemoryError: "memory"}.get(type(error), "exception")
+            kind = {NotFinite: "not finite", MemoryError: "memory", TooMuchMemory: "memory", Lost: "lost"}.get(
+                type(error), "exception"
+            )
             cause = str(error).strip().splitlines() or [type(error).__name__]
-            named = cause[0] if kind == "not finite" else f"{type(error).__name__}: {cause[0]}"
+            named = (
+                cause[0]
+                if isinstance(error, (NotFinite, Lost, TooMuchMemory))
+                else f"{type(error).__name__}: {cause[0]}"
+            )
             return {"failure": Failure(kind, named, self._log.name), "slot": self._name, "done": True}
         self._write(f"epoch {epoch.number}: {epoch.value:.6g}, {busy:.2f} s, {epoch.figures}")
         return {"epoch": epoch, "busy_s": busy, "slot": self._name, "done": epoch.last}
@@ -112,28 +137,36 @@ class Slot(tune.Trainable):
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """End this process where the block takes too long, or too much memory, and leave in the log why."""
-        done = threading.Event()
-
-        def look() -> None:
-            limit = self._limits.memory_gb
-            while limit is not None and not done.wait(LOOK_S):
-                if (taken := own_memory_gb()) > limit:
-                    print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit:g}", file=self._log, flush=True)
-                    os._exit(1)
-
-        watcher = threading.Thread(target=look, name="memory", daemon=True)
-        watcher.start()
         # It needs no Python: it ends what hangs in a library's own code, too.
         faulthandler.dump_traceback_later(self._limits.epoch_s, exit=True, file=self._log)
         try:
-            yield
+            with memory_watched(self._limits.memory_gb, self._log):
+                yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-            done.set()
-            watcher.join()
 
 
 TOO_MUCH = "too much memory"
+
+
+@contextmanager
+def memory_watched(limit_gb: float | None, log: IO[str]) -> Iterator[None]:
+    """End this process where the block takes more memory of its own, and leave in the log how much."""
+    done = threading.Event()
+
+    def look() -> None:
+        while limit_gb is not None and not done.wait(LOOK_S):
+            if (taken := own_memory_gb()) > limit_gb:
+                print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit_gb:g}", file=log, flush=True)
+                os._exit(1)
+
+    watcher = threading.Thread(target=look, name="memory", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def open_log(config: dict[str, Any]) -> Any:
@@ -152,11 +185,17 @@ def lost(directory: Path, attempt: int, limits: Limits) -> Failure:
     """Why the process of an attempt is gone, from what it left behind."""
     log = log_of(directory, attempt)
     text = log.read_text(errors="replace") if log.exists() else ""
-    if found := re.search(f"^{TOO_MUCH}: .*$", text, re.MULTILINE):
-        return Failure("memory", found[0], str(log))
+    if found := too_much_memory(text):
+        return Failure("memory", found, str(log))
     if re.search(r"^Timeout \(\d", text, re.MULTILINE):
         return Failure("hang", f"an epoch took more than {limits.epoch_s:g} s", str(log))
     return Failure("lost", "its process was lost", str(log))
+
+
+def too_much_memory(log: str) -> str | None:
+    """What a log says of a process that took too much."""
+    found = re.search(f"^{TOO_MUCH}: .*$", log, re.MULTILINE)
+    return found[0] if found else None
 
 
 def own_memory_gb() -> float:

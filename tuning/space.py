@@ -1,22 +1,28 @@
 """The space of a search: which values of which settings are tried."""
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optuna
+from pydantic import ValidationError
 
+from cluster.errors import RecipeError
+from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
-from tuning.config import Dimension, Value, in_order, is_whole, setting
+from tuning.config import MODEL, Dimension, Value, in_order, is_whole, may_change, setting
+
+NEAR, ANEW = 0.1, 0.25
 
 
 class Space:
-    """The searched settings of fine-tuning; those that are not searched have the values of `base`."""
+    """The searched settings; those that are not searched have the values of the recipe."""
 
-    def __init__(self, dimensions: Mapping[str, Dimension], base: FinetuneConfig) -> None:
+    def __init__(self, dimensions: Mapping[str, Dimension], base: FinetuneConfig, model: ModelConfig) -> None:
         self._dimensions = {name: dimensions[name] for name in in_order(dimensions)}
-        self._base = base
+        self._base, self._model = base, model
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Value]:
         """A value of every setting that is searched under the values of the others.
@@ -49,6 +55,21 @@ class Space:
         points = [dict(zip(self._dimensions, values, strict=True)) for values in itertools.product(*axes)]
         return [points[place] for place in np.random.default_rng(seed).permutation(len(points))]
 
+    def check_models(self, image_size: int) -> None:
+        """Every model that the space names can be built. Raises RecipeError, which names the first that cannot."""
+        names = [name for name in self._dimensions if name.startswith(MODEL)]
+        for values in itertools.product(*(self._choices(name) or _axis(self.distribution(name)) for name in names)):
+            drawn: dict[str, Value] = {}
+            for name, value in zip(names, values, strict=True):
+                if self._applies(self._dimensions[name], drawn):
+                    drawn[name] = value
+            try:
+                self._model.changed(split(drawn)[1]).check_size(image_size, image_size, "data.image_size")
+            except ValidationError as error:
+                named = ", ".join(f"{name} {value}" for name, value in drawn.items())
+                rule = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise RecipeError(f"tune.space: with {named}: {rule}") from None
+
     def as_drawn(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """The values of searched settings as Optuna would have drawn them, without those that it could not have."""
         found: dict[str, Value] = {}
@@ -58,15 +79,63 @@ class Space:
                 found[name] = self._choices(name).index(value) if dimension.ordered else value
         return found
 
+    def near(self, values: Mapping[str, Value], seed: Sequence[int]) -> dict[str, Value]:
+        """Values beside others, as Optuna would have drawn them: a tenth of the range up or down, in its own scale, the
+        next one of ordered choices, and one time in four any other choice. What cannot change in a training stays."""
+        generator = np.random.default_rng(seed)
+        found: dict[str, Value] = {}
+        for name, value in self.as_drawn(values).items():
+            step, anew = generator.choice([-1, 1]), generator.random() < ANEW
+            distribution: Any = self.distribution(name)
+            found[name] = value
+            if not may_change(name, self._dimensions):
+                continue
+            if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+                if anew:
+                    found[name] = distribution.choices[generator.integers(len(distribution.choices))]
+            elif self._dimensions[name].ordered:
+                found[name] = int(np.clip(int(value) + step, 0, distribution.high))
+            else:
+                found[name] = _moved(distribution, float(value), step * NEAR)
+        return found
+
     def _choices(self, name: str) -> list[Value]:
         return [setting(name, name, choice) for choice in self._dimensions[name].choices or []]
 
     def _applies(self, dimension: Dimension, drawn: Mapping[str, Value]) -> bool:
         def value(name: str) -> Value | None:
             # What is not drawn in this branch does not count, whatever the recipe says of it.
-            return drawn.get(name) if name in self._dimensions else getattr(self._base, name)
+            return drawn.get(name) if name in self._dimensions else self._of_recipe(name)
 
         return all(value(name) in values for name, values in dimension.when.items())
+
+    def _of_recipe(self, name: str) -> Value | None:
+        found: Value | None = (
+            getattr(self._model, name.removeprefix(MODEL)) if name.startswith(MODEL) else getattr(self._base, name)
+        )
+        return found
+
+
+def _moved(distribution: Any, value: float, share: float) -> Value:
+    """A value of a range moved by a share of it, on its steps and within it."""
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        moved = value * (high / low) ** share
+    else:
+        moved = value + share * (high - low)
+        if distribution.step is not None:
+            steps = round((moved - low) / distribution.step)
+            # A step of its own at least, where a tenth of the range is less.
+            own = round((value - low) / distribution.step)
+            moved = low + distribution.step * (steps if steps != own else own + math.copysign(1, share))
+    moved = float(np.clip(moved, low, high))
+    return round(moved) if isinstance(distribution, optuna.distributions.IntDistribution) else moved
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of fine-tuning, and those of the model by their names there."""
+    model = {name.removeprefix(MODEL): value for name, value in params.items() if name.startswith(MODEL)}
+    return {name: value for name, value in params.items() if not name.startswith(MODEL)}, model
 
 
 def _axis(distribution: Any) -> list[Value]:

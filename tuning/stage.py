@@ -7,31 +7,46 @@ helio tune quickstart tune.trials=4 finetune.epochs=3
 import importlib.util
 from typing import Any
 
-from cluster.errors import HelioError
+from cluster.errors import HelioError, RecipeError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run
 from jobs.data.config import DataConfig
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Checkpoint
-from tuning.config import TuneConfig
+from jobs.training.config import ExportConfig, FinetuneConfig
+from tuning.config import SCRATCH, TuneConfig
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
-    """What a search needs must be there, and a checkpoint that the recipe names fit its model. Raises HelioError."""
+    """What a search needs must be there: a checkpoint that fits the recipe's model, or models that can be built.
+
+    Raises HelioError.
+    """
     config = recipe.section(TuneConfig)
+    if config.pruner == "pbt" and recipe.section(ExportConfig).retrain_on != "train":
+        raise RecipeError(
+            "export.retrain_on must be train with tune.pruner=pbt: its winner had other settings before, and cannot be "
+            "trained again with its last ones"
+        )
     if config.sampler == "gp" and importlib.util.find_spec("torch") is None:
         raise HelioError("tune.sampler=gp needs PyTorch, which is not installed: pip install torch")
-    if config.checkpoint is not None:
-        model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
+    model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
+    if config.checkpoint == SCRATCH:
+        from tuning.space import Space
+
+        Space(config.space, recipe.section(FinetuneConfig), model).check_models(image_size)
+    elif config.checkpoint is not None:
         Checkpoint.open(config.checkpoint).check_model(model, image_size)
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Search from the pre-trained backbone: the run's own, or that of `tune.checkpoint`."""
+    """Search from the pre-trained backbone, the run's own or that of `tune.checkpoint`, or from scratch."""
     from tuning.search import search
 
     given = run.recipe.section(TuneConfig).checkpoint
+    if given == SCRATCH:
+        return search(run, "tune", None)
     return search(run, "tune", Checkpoint.open(given or run.require("pretrain")["checkpoint"]))
 
 

@@ -11,8 +11,8 @@ from jobs.charts import setting
 from jobs.evaluation.metrics import Metric, title
 from jobs.evaluation.metrics import told as shown
 from tuning.engine import Told
-from tuning.ledger import Ledger
-from tuning.objective import BEST, PROGRESS
+from tuning.ledger import PROGRESS, Ledger
+from tuning.objective import BEST
 
 ENDS = ("complete", "pruned", "failed")
 """Outcomes after which a trial is not gone on with."""
@@ -90,7 +90,8 @@ class TrialTable:
             return f"trial {row.number} failed and goes on from its last epoch: {told.cause}"
         if told.outcome == "failed":
             return f"trial {row.number} failed: {told.cause}"
-        assert row.best is not None
+        if row.best is None:
+            return f"trial {row.number} did not train: {told.cause}"
         ended = "finished" if told.outcome == "complete" else told.outcome
         mark = ", the best so far" if told.trial.directory == self._kept else ""
         value = shown(self._metric, row.best)

@@ -21,14 +21,22 @@ def better(metric: Metric, values: Iterable[float]) -> float:
     return min(values) if metric in LOWER_IS_BETTER else max(values)
 
 
-def told(metric: Metric, value: float) -> str:
-    """A value as people read it: shares in percent."""
-    return f"{value:.3f}" if metric == "log_loss" else f"{value:.1%}"
+def told(name: str, value: float) -> str:
+    """The value of a metric, or of a model's cost, as people read it: shares in percent."""
+    digits = {"log_loss": ".3f", "latency_ms": ".2f", "size_mb": ".2f"}.get(name, ".1%")
+    return f"{value:{digits}}"
 
 
-def title(metric: Metric) -> str:
-    """A metric's name as people write it."""
-    return {"macro_f1": "macro F1", "auroc": "AUROC", "ece": "ECE"}.get(metric, metric.replace("_", " "))
+def title(name: str) -> str:
+    """The name of a metric, or of a model's cost, as people write it."""
+    written = {
+        "macro_f1": "macro F1",
+        "auroc": "AUROC",
+        "ece": "ECE",
+        "latency_ms": "latency (ms)",
+        "size_mb": "size (MB)",
+    }
+    return written.get(name, name.replace("_", " "))
 
 
 def measure(probabilities: Probabilities, labels: Labels) -> dict[str, float]:

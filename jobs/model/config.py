@@ -1,5 +1,6 @@
 """The recipe section that describes the model."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -77,6 +78,17 @@ class ModelConfig(Section):
             if value != default:
                 raise ValueError(f"{name} is of ViTs, not of {self.backbone}: leave it out")
         return self
+
+    def changed(self, settings: Mapping[str, Any]) -> "ModelConfig":
+        """This model with other settings; another backbone has its own figures, where they were not given.
+
+        Raises pydantic's ValidationError for what no model has.
+        """
+        given = self.model_dump(exclude_unset=True)
+        if settings.get("backbone", self.backbone) != self.backbone:
+            own = OWN.get(self.backbone, {})
+            given = {name: value for name, value in given.items() if own.get(name) != value}
+        return ModelConfig.model_validate({**given, **settings})
 
     @property
     def is_vit(self) -> bool:

@@ -32,21 +32,23 @@ class TensorflowBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: TensorflowBackendConfig) -> None:
         """Called once all workers are up, and again after a failure."""
-        addresses = worker_group.execute(_own_address)
+        addresses = worker_group.execute(own_address)
         ray.get(
             [
-                worker_group.execute_single_async(rank, _describe_cluster, addresses, rank)
+                worker_group.execute_single_async(rank, describe_cluster, addresses, rank)
                 for rank in range(len(worker_group))
             ]
         )
 
 
-def _own_address() -> str:
+def own_address() -> str:
+    """An address of this process that the other workers can reach, `host:port`; the port is free now."""
     from ray._common.network_utils import build_address
     from ray.train._internal.utils import get_address_and_port
 
     return str(build_address(*get_address_and_port()))
 
 
-def _describe_cluster(addresses: list[str], rank: int) -> None:
+def describe_cluster(addresses: list[str], rank: int) -> None:
+    """Tell TensorFlow in this process which workers there are, and which one it is. Before it makes a strategy."""
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}})

@@ -1,4 +1,4 @@
-"""Fine-tuning a backbone on labelled images in one process: what a trial does, and what retrains the winner.
+"""Fine-tuning a backbone on labelled images: what a trial does, and what retrains the winner.
 
 Images are uint8 [n, height, width, channel], already decoded; labels int32 [n].
 """
@@ -136,6 +136,15 @@ def load_arrays(file: Path) -> Arrays:
 
 
 @dataclass(frozen=True)
+class Workers:
+    """The processes that train one model together, of which this is one; each computes its share of every batch."""
+
+    strategy: "tf.distribute.Strategy"
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
 class _Step:
     """What is compiled for some number of frozen stages and an optimizer."""
 
@@ -152,11 +161,15 @@ class Finetuner:
     anew, and the classifier of the one before is then gone.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, workers: Workers | None = None) -> None:
+        """All of several workers must train the same at the same time."""
         import keras
         import tensorflow as tf
 
+        from jobs.training.step import make_average, moving_statistics
+
         self._start = start
+        self._workers = workers or Workers(tf.distribute.get_strategy(), 0, 1)
         backbone = build_backbone(start.model, start.image_size, start.seed)
         if start.weights is not None:
             assign(backbone.weights, start.weights, "backbone")
@@ -168,9 +181,11 @@ class Finetuner:
         self._answer_features = tf.function(lambda x: tf.nn.softmax(head(x, training=False)))
         self._kept = _Kept()
         self._initial = self.weights()
-        self._weight_decay, self._layer_decay, self._momentum, self._dropout = (
-            tf.Variable(0.0, trainable=False) for _ in range(4)
+        self._weight_decay, self._layer_decay, self._momentum, self._dropout, self._batch_size = (
+            tf.Variable(0.0, trainable=False) for _ in range(5)
         )
+        self._statistics = moving_statistics(backbone)
+        self._average_statistics = make_average(self._workers.strategy, self._statistics)
         self._steps: dict[tuple[int, str], _Step] = {}
         self._frozen = False
         self._position: tuple[int, _Step]
@@ -215,6 +230,8 @@ class Finetuner:
         rates = learning_rates(config.schedule, config.learning_rate, total, warmup)
         last = total if epochs is None else min(total, epochs * epoch_steps)
         step = self._begin(config)
+        self._batch_size.assign(batch)
+        own = slice(self._workers.rank, None, self._workers.world)
         if progress is not None:
             for variable, value in zip(self._variables(step), progress.arrays, strict=True):
                 variable.assign(value)
@@ -224,7 +241,7 @@ class Finetuner:
             order = np.random.default_rng([self._start.seed, epoch]).permutation(len(data.labels))
             numbers, summed, moved = range(epoch * epoch_steps, min((epoch + 1) * epoch_steps, last)), 0.0, 0
             for place, number in enumerate(numbers):
-                rows = order[place * batch : (place + 1) * batch]
+                rows = order[place * batch : (place + 1) * batch][own]
                 step.optimizer.learning_rate = rates[number]
                 inputs, targets = (
                     self._batch(data, rows, augment, epoch) if whole is None else (part[rows] for part in whole)
@@ -233,6 +250,7 @@ class Finetuner:
                 targets = targets * (1 - smoothing) + np.float32(smoothing / self._start.classes)
                 loss, _, skipped = step.run(tf.constant(inputs), tf.constant(targets)).numpy()[:3]
                 summed, moved = summed + loss, moved + 1 - int(skipped)
+            self._average_statistics()
             self._position = epoch + 1, step
             yield epoch + 1, summed / moved if moved else math.nan
 
@@ -273,7 +291,7 @@ class Finetuner:
     def _compile(self, unfrozen_stages: int, kind: str) -> _Step:
         import tensorflow as tf
 
-        from jobs.training.step import Objective, make_step, moving_statistics
+        from jobs.training.step import Objective, make_step
 
         backbone, head = self._classifier.backbone, self._classifier.head
         variables = [*backbone.trainable_variables, *head.trainable_variables]
@@ -285,16 +303,16 @@ class Finetuner:
         def logits(inputs: tf.Tensor) -> tf.Tensor:
             # Of a frozen backbone they are features, and its statistics do not move.
             embeddings = inputs if frozen else backbone(inputs, training=True)
-            seed = tf.stack([self._start.seed, tf.cast(optimizer.iterations, tf.int32)])
+            rank = 2**20 * self._workers.rank  # workers leave out different features
+            seed = tf.stack([self._start.seed + rank, tf.cast(optimizer.iterations, tf.int32)])
             kept = tf.random.stateless_uniform(tf.shape(embeddings), seed) >= self._dropout
             return head(tf.where(kept, embeddings / (1 - self._dropout), 0.0), training=True)
 
         def loss(outputs: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, outputs))
+            return tf.reduce_sum(tf.nn.softmax_cross_entropy_with_logits(targets, outputs)) / self._batch_size
 
-        statistics = moving_statistics(backbone)
         run = make_step(
-            tf.distribute.get_strategy(), Objective(logits, loss), optimizer, variables, statistics=statistics
+            self._workers.strategy, Objective(logits, loss), optimizer, variables, statistics=self._statistics
         )
         return _Step(optimizer, [variable.numpy() for variable in optimizer.variables], run)
 

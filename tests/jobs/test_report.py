@@ -63,7 +63,14 @@ class Page(HTMLParser):
 
 
 def trial(number: int, state: str, curve: list[float], **params: float) -> dict[str, Any]:
-    return {"number": number, "state": state, "curve": curve, "seconds": None, "params": params}
+    return {
+        "number": number,
+        "state": state,
+        "first_epoch": 1,
+        "curve": curve,
+        "seconds": None,
+        "params": params,
+    }
 
 
 def search(name: str, initial: str, shift: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from tests.tuning.toy import EPOCHS, Toy, X
 from tuning.config import Dimension, TuneConfig
@@ -21,7 +22,7 @@ from tuning.storage import Storage
 def make_ledger(url: str, directory: Path, trials: int, seed: int = 0) -> Ledger:
     """Of a seeded search over the toy's one parameter; the study has the name of what `directory` lies in."""
     config = TuneConfig(trials=trials, startup_trials=4, grace_epochs=1)
-    space = Space({X: Dimension(low=0, high=0.99)}, FinetuneConfig())
+    space = Space({X: Dimension(low=0, high=0.99)}, FinetuneConfig(), ModelConfig())
     return Ledger(Storage(url), directory.parent.name, space, config, seed=seed, epochs=EPOCHS, directory=directory)
 
 
@@ -32,7 +33,7 @@ def search(url: str, directory: Path, trials: int, slots: int, seconds: float) -
         Toy(seconds),
         Limits(60, None),
         slots=slots,
-        resources={"cpu": 0.5},
+        resources=[{"CPU": 0.5}],
         directory=directory / f"tune-{os.getpid()}",
         tell=lambda told: None,
     )

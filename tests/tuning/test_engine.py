@@ -8,8 +8,9 @@ import pytest
 from optuna.trial import TrialState
 
 from cluster.errors import HelioError
+from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
-from tests.tuning.toy import EPOCHS, FAULT, Toy, X, reached
+from tests.tuning.toy import EPOCHS, FAULT, Growing, Toy, X, gain, reached
 from tuning.config import Dimension, TuneConfig
 from tuning.engine import Told, run_trials
 from tuning.ledger import Ledger, failures_of
@@ -17,26 +18,32 @@ from tuning.slot import Limits
 from tuning.space import Space
 from tuning.storage import Storage
 
-LIMITS = Limits(60, None)
+LIMITS, TOY = Limits(60, None), Toy()
 SPACE = {X: Dimension(low=0, high=0.99)}
 
 
 def make_ledger(directory: Path, space: dict[str, Dimension], seed: int = 0, **settings: Any) -> Ledger:
     storage = Storage(f"sqlite:///{directory / 'study.db'}")
-    config = TuneConfig(grace_epochs=1, **settings)
+    config = TuneConfig(**{"grace_epochs": 1, **settings})
     return Ledger(
-        storage, "toy", Space(space, FinetuneConfig()), config, seed=seed, epochs=EPOCHS, directory=directory / "trials"
+        storage,
+        "toy",
+        Space(space, FinetuneConfig(), ModelConfig()),
+        config,
+        seed=seed,
+        epochs=EPOCHS,
+        directory=directory / "trials",
     )
 
 
-def run(ledger: Ledger, directory: Path, limits: Limits = LIMITS, **settings: Any) -> list[Told]:
+def run(ledger: Ledger, directory: Path, limits: Limits = LIMITS, make: Any = TOY, **settings: Any) -> list[Told]:
     told: list[Told] = []
     run_trials(
         ledger,
-        Toy(),
+        make,
         limits,
         slots=2,
-        resources={"cpu": 1},
+        resources=[{"CPU": 1}],
         directory=directory / "tune",
         tell=told.append,
         **settings,
@@ -55,6 +62,8 @@ def test_pruned_trials_are_pruned_in_the_study_with_their_curve(ray_cluster: Non
         pruned = len(curve) < EPOCHS
         assert trial.state is (TrialState.PRUNED if pruned else TrialState.COMPLETE)
         assert trial.value == pytest.approx(curve[-1])
+    # Each slot is one process, however short its trials and long its beginning.
+    assert len({span["slot"] for trial in trials for span in trial.user_attrs["spans"]}) == 2
     states = Counter(trial.state for trial in trials)
     assert states[TrialState.PRUNED] >= 3
     assert states[TrialState.COMPLETE] >= 1
@@ -116,3 +125,38 @@ def test_a_spent_budget_ends_the_search_with_what_there_is(ray_cluster: None, tm
     assert 6 <= len(trials) <= 8
     assert all(trial.state.is_finished() for trial in trials)
     assert {t.user_attrs["ended"] for t in trials if "ended" in t.user_attrs} == {"enough"}
+
+
+def test_a_population_goes_on_from_its_best_with_settings_near_theirs(ray_cluster: None, tmp_path: Path) -> None:
+    every, population = 2, 6
+    settings: dict[str, Any] = {"pruner": "pbt", "population": population, "grace_epochs": every, "reduction_factor": 2}
+    settings |= {"sampler": "random", "trials": 40}
+    ledger = make_ledger(tmp_path, SPACE, **settings)
+    run(ledger, tmp_path, make=Growing(every), spent=lambda: "enough" if len(ledger.trials()) >= 5 else None)
+    cut = len(ledger.trials())
+    ledger = make_ledger(tmp_path, SPACE, **settings)
+    run(ledger, tmp_path, make=Growing(every))
+    assert ledger.over
+    trials = ledger.trials()
+    assert cut < len(trials) < 40
+    assert sum("succeeds" not in trial.user_attrs for trial in trials) == population
+    followed = []
+    for trial in trials:
+        first, before, parent = 1, 0.0, None
+        if succeeds := trial.user_attrs.get("succeeds"):
+            followed.append(succeeds["trial"])
+            parent = trials[succeeds["parent"]]
+            first, before = succeeds["epoch"] + 1, parent.intermediate_values[succeeds["epoch"]]
+            replaced = trials[succeeds["trial"]]
+            assert replaced.state is TrialState.PRUNED
+            assert replaced.last_step == succeeds["epoch"]
+            assert replaced.intermediate_values[succeeds["epoch"]] < before
+            assert abs(trial.params[X] - parent.params[X]) == pytest.approx(0.099) or trial.params[X] in (0, 0.99)
+        reached = [before + gain(trial.params[X]) * number for number in range(1, EPOCHS + 1)]
+        epochs = list(trial.intermediate_values)
+        assert epochs == list(range(first, first + len(epochs)))
+        assert list(trial.intermediate_values.values()) == pytest.approx(reached[: len(epochs)])
+    # Whoever was ended has one successor, but those that the spent budget has ended.
+    ended = [t.number for t in trials if t.state is TrialState.PRUNED and "ended" not in t.user_attrs]
+    assert sorted(followed) == ended
+    assert len(followed) >= 3

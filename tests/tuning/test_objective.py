@@ -10,41 +10,8 @@ import pytest
 import ray
 from numpy.typing import NDArray
 
+from tests.tuning.small import EPOCHS, objective
 from tuning.slot import Epoch
-
-SIZE, CLASSES, EPOCHS = 16, 3, 3
-
-
-def images(count: int, seed: int) -> Any:
-    """Classes that differ in colour, hardly."""
-    from jobs.training.finetune import LabelledImages
-
-    generator = np.random.default_rng(seed)
-    labels = (np.arange(count) % CLASSES).astype(np.int32)
-    pixels = generator.integers(60, 200, (count, SIZE, SIZE, 3)).astype(np.float32)
-    pixels[np.arange(count), :, :, labels] += 8
-    return LabelledImages(pixels.astype(np.uint8), labels, [f"{seed:016x}{number:016x}" for number in range(count)])
-
-
-def objective(**settings: Any) -> Any:
-    from jobs.data.config import AugmentConfig
-    from jobs.model.config import ModelConfig
-    from jobs.training.config import FinetuneConfig
-    from jobs.training.device import set_up_tensorflow
-    from jobs.training.finetune import Start
-    from tuning.objective import FinetuneObjective, Finetuning, Material
-
-    set_up_tensorflow(1, 0)
-    given = {"metric": "log_loss", "patience": None, "folds": 1, "seeds": 1, **settings}
-    base = FinetuneConfig(
-        epochs=given.pop("epochs", EPOCHS), global_batch_size=16, augment=AugmentConfig(rotation_degrees=5)
-    )
-    start = Start(ModelConfig(width=8, stages=2), SIZE, CLASSES, 0, None)
-    labelled, validation = images(60, 1), images(30, 2)
-    material = Material(start, labelled, validation)
-    if given["folds"] > 1:
-        material = Material(start, labelled + validation, None)
-    return FinetuneObjective(material, Finetuning([], base, threads=1, gpus=0, **given))
 
 
 def run(made: Any, directory: Path, epochs: int | None = None, **params: Any) -> list[Epoch]:
@@ -73,7 +40,8 @@ def _patience(directory: str) -> list[Epoch]:
 def _frozen(directory: str) -> dict[str, Any]:
     """Trials of a frozen backbone, twice, and how often its features were made."""
     made = objective()
-    finetuner = made._members[0].finetuner
+    member = made._shape({}, Path(directory)).members[0]
+    finetuner = member.finetuner
     counted: list[Any] = []
     embed = finetuner._embed
     finetuner._embed = lambda batch: counted.append(None) or embed(batch)
@@ -85,8 +53,8 @@ def _frozen(directory: str) -> dict[str, Any]:
             curve = run(made, Path(directory, name), unfrozen_stages=0, augment_strength=strength, learning_rate=0.05)
             found[name] = [epoch.value for epoch in curve], len(counted) - before
     finetuner._embed = embed
-    features: NDArray[np.float32] = finetuner._classifier.probabilities(made._members[0].held_out.images)
-    found["same"] = float(np.abs(features - finetuner.probabilities(made._members[0].held_out.images)).max()), 0
+    features: NDArray[np.float32] = finetuner._classifier.probabilities(member.held_out.images)
+    found["same"] = float(np.abs(features - finetuner.probabilities(member.held_out.images)).max()), 0
     return found
 
 

@@ -14,6 +14,9 @@ from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
 from cluster.run import Run, create_run
+from jobs.model.config import ModelConfig
+from jobs.training.config import FinetuneConfig
+from tuning.config import TuneConfig
 from tuning.insight import comparable, importances, in_words
 from tuning.ledger import Failure, Ledger
 from tuning.report import report_command
@@ -29,15 +32,12 @@ SPACE = (
 
 def carry_out(run: Run) -> list[Any]:
     """A search in which only the learning rate matters: the higher, the better. Each fourth trial is pruned."""
-    from jobs.training.config import FinetuneConfig
-    from tuning.config import TuneConfig
-
     config = run.recipe.section(TuneConfig)
     url, name = place_of(config, run.directory, "tune")
     ledger = Ledger(
         Storage(url),
         name,
-        Space(config.space, FinetuneConfig()),
+        Space(config.space, FinetuneConfig(), ModelConfig()),
         config,
         seed=0,
         epochs=EPOCHS,
@@ -70,7 +70,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_report_says_what_mattered_and_which_range_is_exhausted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     trials = carry_out(run)
-    compared = comparable(trials, "maximize")
+    compared = comparable(trials, run.recipe.section(TuneConfig))
     # After two epochs every trial that did not fail has a value, pruned or not.
     assert (compared.epoch, len(compared.trials)) == (2, TRIALS - TRIALS // 10)
     weights = importances(compared)
@@ -91,7 +91,7 @@ def test_a_report_says_what_mattered_and_which_range_is_exhausted(run: Run, caps
 
 def test_a_search_of_few_trials_is_not_overinterpreted(run: Run) -> None:
     trials = carry_out(run)[:5]
-    words = in_words(trials, {}, "accuracy")
+    words = in_words(trials, run.recipe.section(TuneConfig))
     assert words[1] == "With fewer than 10 trials that differ, nothing can be said of what mattered."
 
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.errors import HelioError
+from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from tuning.config import TuneConfig
 from tuning.first import Earlier, make_beginning
@@ -32,7 +33,7 @@ def make_ledger(tmp_path: Path, **settings: Any) -> Ledger:
     """A search that nobody carries out."""
     earlier = settings.pop("earlier", None)
     config = TuneConfig.model_validate({"space": BRANCHES, "trials": 100, "startup_trials": 5, **settings})
-    space = Space(config.space, FinetuneConfig())
+    space = Space(config.space, FinetuneConfig(), ModelConfig())
     return Ledger(
         Storage(f"sqlite:///{tmp_path / 'study.db'}"),
         "study",
@@ -155,6 +156,17 @@ def test_a_study_of_another_search_is_not_gone_on_with(tmp_path: Path) -> None:
             },
             "space: optimizer, schedule depend on each other in a circle",
         ),
+        (
+            {"space": {"model": {"width": {"choices": [8]}}}},
+            "space.model.width: the model of a checkpoint is what it is",
+        ),
+        (
+            {"checkpoint": "scratch", "space": {"model": {"width": {"choices": [4]}}}},
+            "space.model.width: input should be greater than or equal to 8, got 4",
+        ),
+        ({"objectives": ["latency_ms"]}, "pruner must be none with several objectives, got asha"),
+        ({"objectives": ["accuracy"], "pruner": "none"}, "objectives must name each once, and metric is one"),
+        ({"limits": {"size_mb": 1}, "sampler": "cmaes"}, "sampler cmaes takes one objective and no limits"),
         ({"sampler": "grid"}, "space.learning_rate: a grid needs choices, or a step in the range"),
         ({"space": BRANCHES, "sampler": "grid"}, "space.momentum: a grid has no branches"),
         ({"first": [{"momentum": 0.5}]}, "first.0.momentum is not searched"),
@@ -175,3 +187,43 @@ def test_the_samplers_that_are_named_are_optunas() -> None:
     kinds = {"tpe": "TPESampler", "cmaes": "CmaEsSampler", "random": "RandomSampler"}
     for name, kind in kinds.items():
         assert isinstance(make_sampler(TuneConfig(sampler=name), 0, 0), getattr(optuna.samplers, kind))
+
+
+def test_settings_near_others_are_of_the_space_and_what_cannot_change_in_a_training_stays() -> None:
+    space = TuneConfig.model_validate(
+        {
+            "space": {
+                **BRANCHES,
+                "schedule": {"choices": ["cosine", "linear", "constant"]},
+                "layer_decay": {"low": 0.5, "high": 1.0},
+                "weight_decay": {"low": 1e-5, "high": 1e-1, "log": True},
+            }
+        }
+    ).space
+    values = {
+        "optimizer": "sgd",
+        "momentum": 0.99,
+        "learning_rate": 1e-2,
+        "global_batch_size": 32,
+        "head_dropout": 0.2,
+        "unfrozen_stages": 2,
+        "schedule": "linear",
+        "layer_decay": 0.7,
+        "weight_decay": 1e-5,
+    }
+    made = Space(space, FinetuneConfig(), ModelConfig())
+    found = [made.near(values, [seed]) for seed in range(40)]
+    assert all(one.keys() == values.keys() for one in found)
+    assert {(one["optimizer"], one["unfrozen_stages"]) for one in found} == {("sgd", 2)}
+    # Places of the ordered choices.
+    assert {one["global_batch_size"] for one in found} == {0, 2}
+    assert {round(float(one["head_dropout"]), 9) for one in found} == {0.1, 0.3}
+    assert {round(float(one["layer_decay"]), 9) for one in found} == {0.65, 0.75}
+    assert {round(float(one["momentum"]), 9) for one in found} == {0.941, 0.99}
+    assert {float(f"{one['learning_rate']:.6g}") for one in found} == {
+        float(f"{1e-2 * 10**x:.6g}") for x in (-0.3, 0.3)
+    }
+    assert min(float(one["weight_decay"]) for one in found) == 1e-5
+    schedules = [one["schedule"] for one in found]
+    assert set(schedules) == {"cosine", "linear", "constant"}
+    assert schedules.count("linear") > 20
