@@ -250,9 +250,9 @@ class TuneConfig(Section):
         return ["minimize" if name in falling else "maximize" for name in self.objective_names]
 
     @property
-    def costs(self) -> list[str]:
-        """What of a model's costs is to be measured."""
-        return [name for name in get_args(Cost) if name in self.objectives or name in self.limits]
+    def measures_costs(self) -> bool:
+        """Whether it matters what a model costs."""
+        return bool(self.limits) or any(name in get_args(Cost) for name in self.objectives)
 
 
 def _divides(step: float, length: float) -> bool:

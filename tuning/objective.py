@@ -7,7 +7,7 @@ what counts is their mean, so that a lucky split or draw does not win.
 import math
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,7 @@ class Finetuning:
     seeds: int
     threads: int
     gpus: float
-    costs: Sequence[str] = ()
-    """To be measured, of `tuning.config.Cost`."""
+    measure_costs: bool = False
     limits: Mapping[Cost, float] = field(default_factory=dict)
     milestones_every: int | None = None
     """Leave what others may go on from after every so many epochs."""
@@ -107,7 +106,7 @@ class FinetuneObjective:
 
     def run(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
         """See `Objective.run`. The value is the recipe's metric; the figures are loss, metrics and costs."""
-        if self._workers is not None and self._workers.rank > 0:
+        if not self._is_first:
             yield from self._follow(params, directory)
             return
         finetune, model = split(params)
@@ -145,6 +144,10 @@ class FinetuneObjective:
                 break
         file.unlink(missing_ok=True)
 
+    @property
+    def _is_first(self) -> bool:
+        return self._workers is None or self._workers.rank == 0
+
     def _follow(self, params: dict[str, Any], directory: Path) -> Iterator[Epoch]:
         """What the other workers do: the same training, of which the first one tells."""
         finetune, model = split(params)
@@ -158,13 +161,12 @@ class FinetuneObjective:
         if key not in self._shapes:
             while len(self._shapes) >= KEPT_MODELS:
                 self._shapes.popitem(last=False)
-            members, costs = _members(self._material, model, self._settings, self._workers), self._settings.costs
-            if costs and (self._workers is None or self._workers.rank == 0):
-                classifier, size = members[0].finetuner.classifier, self._material.start.image_size
-                measured = measure_costs(classifier, size, directory)
-            else:
-                measured = {}
-            self._shapes[key] = _Shape(members, {name: measured[name] for name in measured if name in costs})
+            members = _members(self._material, model, self._settings, self._workers)
+            costs = {}
+            if self._settings.measure_costs and self._is_first:
+                classifier = members[0].finetuner.classifier
+                costs = measure_costs(classifier, self._material.start.image_size, directory)
+            self._shapes[key] = _Shape(members, costs)
         self._shapes.move_to_end(key)
         return self._shapes[key]
 

@@ -141,7 +141,7 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
             config.seeds,
             resources.threads_per_trial,
             resources.gpus_per_trial,
-            config.costs,
+            config.measures_costs,
             config.limits,
             config.grace_epochs if config.pruner == "pbt" else None,
             resources.workers_per_trial,

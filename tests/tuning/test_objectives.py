@@ -53,7 +53,9 @@ def test_a_search_over_models_finds_the_front_and_ends_what_is_above_a_limit_bef
         directory=tmp_path / "trials",
     )
     told: list[Told] = []
-    make = finetuning([ray.put(material())], metric="accuracy", costs=settings.costs, limits=settings.limits)
+    make = finetuning(
+        [ray.put(material())], metric="accuracy", measure_costs=settings.measures_costs, limits=settings.limits
+    )
     run_trials(
         ledger,
         make,
