@@ -30,11 +30,12 @@ STEP_LABEL = "step (optimizer updates)"
 LABEL_LENGTH = 18
 MAX_CONFUSIONS = 10
 
+FONT_SIZE = 9.0
 STYLE = {
     # Text stays text: it can be searched, and takes the font of the page.
     "svg.fonttype": "none",
     "svg.hashsalt": "helio",
-    "font.size": 9,
+    "font.size": FONT_SIZE,
     "axes.axisbelow": True,
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -312,7 +313,7 @@ def draw_chart(caption: str, paint: Callable[[Any], None], inches: tuple[float, 
         return _chart(caption, figure)
 
 
-def plotted_chart(caption: str, plot: Callable[[], Any], inches: tuple[float, float]) -> Chart:
+def plotted_chart(caption: str, plot: Callable[[], Any], inches: tuple[float, float], legend: bool = False) -> Chart:
     """The same from a function that plots by matplotlib's state, as a library's own does, and returns the axes."""
     import matplotlib
 
@@ -321,13 +322,20 @@ def plotted_chart(caption: str, plot: Callable[[], Any], inches: tuple[float, fl
 
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        axes = np.ravel(plot())
-        figure = axes[0].get_figure()
+        figure = np.ravel(plot())[0].get_figure()
         try:
             figure.set_size_inches(inches)
-            for one in axes:
-                # The caption says it.
-                one.set_title("")
+            # The caption says it.
+            figure.suptitle("")
+            for one in figure.axes:
+                for place in ("left", "center", "right"):
+                    one.set_title("", loc=place)
+                one.tick_params(labelsize=FONT_SIZE)
+                one.tick_params(which="minor", labelsize=0.7 * FONT_SIZE)
+                for label in (one.xaxis.label, one.yaxis.label):
+                    label.set_size(FONT_SIZE)
+                if not legend and one.get_legend() is not None:
+                    one.get_legend().remove()
             return _chart(caption, figure)
         finally:
             plt.close(figure)

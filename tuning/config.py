@@ -14,9 +14,8 @@ from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 
 Value = int | float | str
 Cost = Literal["latency_ms", "size_mb"]
-"""What a model costs: the median time of an answer to one decoded image by the bundle that would be exported, on the
-threads of a trial and beside the other trials; and the size of that bundle, 10^6 bytes. Measured before a trial
-trains."""
+"""What a model costs: the time of an answer to one decoded image by the bundle that would be exported, on the threads
+of a trial, see `tuning.costs`; and the size of that bundle, 10^6 bytes. Measured before a trial trains."""
 SCRATCH = "scratch"
 MODEL = "model."
 """Names of searched settings of the model begin with this."""

@@ -42,13 +42,26 @@ def comparable(trials: Sequence[FrozenTrial], config: TuneConfig) -> Compared:
     epoch = reached[len(reached) // 20] if reached else 0
     kept = [trial for trial in measured if epoch in trial.intermediate_values]
     study = optuna.create_study(direction=config.directions[0])
-    study.add_trials(
-        optuna.trial.create_trial(
-            params=trial.params, distributions=trial.distributions, value=trial.intermediate_values[epoch]
+    for trial in kept:
+        params = params_of(trial)
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=params,
+                distributions={name: _distribution(trial, name, config.space[name]) for name in params},
+                value=trial.intermediate_values[epoch],
+            )
         )
-        for trial in kept
-    )
     return Compared(study, epoch, kept)
+
+
+def _distribution(trial: FrozenTrial, name: str, dimension: Dimension) -> optuna.distributions.BaseDistribution:
+    """Of a setting as it was given; Optuna knows of ordered choices their places alone."""
+    if not dimension.ordered:
+        return trial.distributions[name]
+    choices = dimension.values()
+    if any(isinstance(choice, str) for choice in choices):
+        return optuna.distributions.CategoricalDistribution(choices)
+    return optuna.distributions.FloatDistribution(min(map(float, choices)), max(map(float, choices)))
 
 
 def importances(compared: Compared) -> dict[str, float]:
@@ -145,14 +158,15 @@ def ranges(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
         if len(places) < 3:
             continue
         low, high = (float(v) for v in dimension.values())
+        exhausted = False
         for end, near in (("lower", [p <= EDGE for p in places]), ("upper", [p >= 1 - EDGE for p in places])):
             if sum(near) > len(near) / 2:
-                bound = low if end == "lower" else high
+                exhausted, bound = True, low if end == "lower" else high
                 lines.append(
                     f"{name} is exhausted at its {end} end: {sum(near)} of the {len(near)} best trials lie there "
                     f"({setting(bound)}). Widen the range there."
                 )
-        if max(places) - min(places) < 0.25:
+        if not exhausted and max(places) - min(places) < 0.25:
             values = sorted(float(params_of(trial)[name]) for trial in top if name in params_of(trial))
             lines.append(
                 f"{name}: the best trials all lie between {setting(values[0])} and {setting(values[-1])}, "

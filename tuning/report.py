@@ -91,7 +91,8 @@ def _body(
     body = [f"<p>{escape(run.recipe.header.description)}</p>"]
     for stage, lines in words.items():
         body += [f"<h2>{escape(search_name(searches[stage]))}</h2>", *(f"<p>{escape(line)}</p>" for line in lines)]
-        body += [figures(_of_study(studies[stage], config))]
+        small, wide = _charts(studies[stage], config)
+        body += [figures(small), *(figures([chart], "large") for chart in wide)]
         body += [sheet_table(front_sheet(studies[stage], config)), sheet_table(failures_sheet(studies[stage]))]
     if measured:
         body += [
@@ -110,36 +111,37 @@ def _as_result(stage: str, trials: Sequence[FrozenTrial], config: TuneConfig) ->
     return {"metric": config.metric, "initial": initial, "best": best, "history": history(trials)}
 
 
-def _of_study(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
-    """Time line, and where trials can be compared Optuna's importances, slices and parallel coordinates."""
-    charts = [*fronts(trials, config), time_line(trials)]
+def _charts(trials: Sequence[FrozenTrial], config: TuneConfig) -> tuple[list[Chart], list[Chart]]:
+    """The front, importances and slices; and what takes a whole row, parallel coordinates and the time line."""
+    small, wide = fronts(trials, config), [time_line(trials)]
     compared = comparable(trials, config)
     weights = importances(compared)
     if not weights:
-        return charts
-    name = f"{title(config.metric)} after {compared.epoch} epochs"
-    # Six are what a row of slices has room for.
-    names, plots = list(weights)[:6], optuna.visualization.matplotlib
-    return [
-        plotted_chart(
-            f"Importance for the {name} (functional ANOVA)",
-            lambda: plots.plot_param_importances(
-                compared.study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target_name=name
-            ),
+        return small, wide
+    name, plots = f"{title(config.metric)} after {compared.epoch} epochs", optuna.visualization.matplotlib
+
+    def slice_of(setting: str) -> Chart:
+        return plotted_chart(
+            f"Slice: {name} against {setting}",
+            lambda: plots.plot_slice(compared.study, params=[setting], target_name=name),
             (4.2, 2.9),
+        )
+
+    importance = plotted_chart(
+        f"Importance for the {name} (functional ANOVA)",
+        lambda: plots.plot_param_importances(
+            compared.study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target_name=name
         ),
-        plotted_chart(
-            f"Parallel coordinates: {name} of each trial and its settings",
-            lambda: plots.plot_parallel_coordinate(compared.study, params=names, target_name=name),
-            (7.5, 3.2),
-        ),
-        plotted_chart(
-            f"Slices: {name} against each setting, the most important first",
-            lambda: plots.plot_slice(compared.study, params=names, target_name=name),
-            (2.2 * len(names), 2.9),
-        ),
-        *charts,
-    ]
+        (4.2, 2.9),
+    )
+    # More than eight axes, the least important last, are no picture any more.
+    names = list(weights)[:8]
+    parallel = plotted_chart(
+        f"Parallel coordinates: {name} of each trial and its settings",
+        lambda: plots.plot_parallel_coordinate(compared.study, params=names, target_name=name),
+        (10.0, 3.6),
+    )
+    return [*small, importance, *map(slice_of, names)], [parallel, *wide]
 
 
 def fronts(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
@@ -157,6 +159,7 @@ def fronts(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[Chart]:
                 target_names=[title(name), title(config.metric)],
             ),
             (4.2, 2.9),
+            legend=True,
         )
 
     return [front(place, name) for place, name in enumerate(config.objectives, start=1)]
@@ -190,7 +193,7 @@ def time_line(trials: Sequence[FrozenTrial]) -> Chart:
         entries = [(STATES[state], color, "", "s") for state, color in COLORS.items()]
         chart_legend(figure, entries)
 
-    return draw_chart("What each slot did: a bar is a trial", paint, (7.5, 1.2 + 0.35 * max(1, len(slots))))
+    return draw_chart("What each slot did: a bar is a trial", paint, (10.0, 1.2 + 0.35 * max(1, len(slots))))
 
 
 def failures_sheet(trials: Iterable[FrozenTrial]) -> Sheet:

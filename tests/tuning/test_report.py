@@ -83,7 +83,7 @@ def test_a_report_says_what_mattered_and_which_range_is_exhausted(run: Run, caps
     assert "Hardly mattered" in said
     assert "3 trials failed: not finite." in said
     page = (run.directory / "tune.html").read_text()
-    for caption in ("Importance", "Parallel coordinates", "Slices", "Learning curves", "What each slot did"):
+    for caption in ("Importance", "Parallel coordinates", "Slice", "Learning curves", "What each slot did"):
         assert caption in page
     assert "not one step of epoch 1 was &lt;finite&gt;" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
