@@ -88,10 +88,10 @@ class TrialResources(Section):
 
     @model_validator(mode="after")
     def _workers_have_gpus_of_their_own(self) -> "TrialResources":
-        if self.workers_per_trial > 1 and not float(self.gpus_per_trial).is_integer():
+        if self.workers_per_trial > 1 and self.gpus_per_trial not in (0, 1):
             raise ValueError(
-                f"gpus_per_trial must be whole with workers_per_trial={self.workers_per_trial} (NCCL takes one GPU "
-                f"for each), got {self.gpus_per_trial:g}"
+                f"gpus_per_trial must be 0 or 1 with workers_per_trial={self.workers_per_trial} (each has a GPU of its "
+                f"own), got {self.gpus_per_trial:g}"
             )
         return self
 

@@ -101,6 +101,11 @@ def run_stage(run: Run) -> dict[str, Any]:
 def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str, Any]:
     initial, weights = search["initial"], search["best"]["weights"]
     as_found = run.recipe.section(ExportConfig).retrain_on == "train" and weights is not None
+    if not as_found and not search["best"]["retrainable"]:
+        raise CheckpointError(
+            f"the weights of trial {search['best']['number']} are gone, and it cannot be trained again, as it has had "
+            "several settings (tune.pruner=pbt): search again"
+        )
     return {
         "start": {
             "model": ModelConfig.model_validate(search["best"]["model"]),

@@ -15,7 +15,8 @@ from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 Value = int | float | str
 Cost = Literal["latency_ms", "size_mb"]
 """What a model costs: the time of an answer to one decoded image by the bundle that would be exported, on the threads
-of a trial, see `tuning.costs`; and the size of that bundle, 10^6 bytes. Measured before a trial trains."""
+of a trial, see `tuning.costs`; and the size of that bundle, 10^6 bytes. Measured once in a slot for each
+shape of a model, before the trial trains."""
 SCRATCH = "scratch"
 MODEL = "model."
 """Names of searched settings of the model begin with this."""
@@ -82,7 +83,8 @@ class TuneConfig(Section):
     """What counts beside `metric`, at the epoch that is best by `metric`. The search then looks for trials that no
     other one beats in everything (the Pareto front); the winner is the best of them by `metric`."""
     limits: dict[Cost, Annotated[float, Field(gt=0)]] = {}
-    """What the model may cost: a trial above it ends before it has trained, and the sampler hears by how much."""
+    """What the model may cost: a trial above it ends before it has trained. TPE hears by how much; nsga2 and gp learn
+    nothing of it."""
     patience: int | None = Field(default=None, ge=1)
     """A trial ends when its metric has not become better for so many epochs."""
     folds: int = Field(default=1, ge=1)
@@ -187,6 +189,15 @@ class TuneConfig(Section):
                 raise ValueError("pruner pbt trains one model a trial: leave folds and seeds at 1")
             if self.sampler == "grid":
                 raise ValueError("pruner pbt leaves the points of a grid: use sampler=random")
+            if self.trials <= self.population:
+                raise ValueError(
+                    f"trials must exceed population ({self.population}) with pruner pbt, which counts those that go on "
+                    f"from others, got {self.trials}"
+                )
+            if self.population < self.reduction_factor:
+                raise ValueError(
+                    f"population must be at least reduction_factor ({self.reduction_factor}), got {self.population}"
+                )
             if not any(may_change(name, self.space) for name in self.space):
                 raise ValueError("pruner pbt needs a setting that can change while a model trains, space has none")
         if self.objectives and self.pruner != "none":

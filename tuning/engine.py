@@ -76,7 +76,7 @@ def run_trials(
     with ledger.alive(), contextlib.closing(bridge):
         interruptible(tuner.fit)
         if bridge.failure is None and bridge.spent is not None:
-            ledger.give_up(bridge.spent)
+            bridge.give_up(bridge.spent)
     # Ray Tune's own notes, of which the study holds all.
     shutil.rmtree(directory / NAME, ignore_errors=True)
     if bridge.failure is not None:
@@ -90,6 +90,8 @@ class _Bridge:
     def __init__(self, ledger: Ledger, limits: Limits, slots: int, tell: Tell, spent: Spent) -> None:
         self.ledger, self._limits, self._slots, self._tell, self._spent = ledger, limits, slots, tell, spent
         self.running: dict[str, Assignment] = {}
+        self._waiting: dict[int, Assignment] = {}
+        """By number, those that are to be begun again."""
         self._began: dict[str, float] = {}
         """Unix time of each that runs."""
         self.failure: BaseException | None = None
@@ -100,6 +102,13 @@ class _Bridge:
     def close(self) -> None:
         """Nothing is begun or recorded from now on."""
         self._closed = True
+
+    def give_up(self, reason: str) -> None:
+        """End what runs and what waits to be begun again."""
+        left = [one for one in (*self.running.values(), *self._waiting.values()) if self.ledger.sees_to(one.number)]
+        self.ledger.give_up(reason)
+        for assignment in left:
+            self._tell(Told(assignment, None, "pruned", reason))
 
     @property
     def ended(self) -> bool:
@@ -123,6 +132,7 @@ class _Bridge:
         if assignment is None:
             return Searcher.FINISHED if self.ledger.over else None
         self.running[trial_id], self._began[trial_id] = assignment, time.time()
+        self._waiting.pop(assignment.number, None)
         return {"params": assignment.params, "directory": str(assignment.directory), "attempt": assignment.attempt}
 
     def result(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -132,6 +142,10 @@ class _Bridge:
         assignment, slot = self.running[trial_id], result["slot"]
         epoch: Epoch | None = result.get("epoch")
         number = assignment.number
+        if not self.ledger.sees_to(number):
+            # Another driver held this one for dead, and goes on with it.
+            del self.running[trial_id]
+            return True
         if "costs" in result:
             self.ledger.span(number, slot, self._began[trial_id])
             self.ledger.refuse(number, result["costs"], result["reason"])
@@ -161,14 +175,20 @@ class _Bridge:
 
     def lost(self, trial_id: str) -> None:
         """The process of a trial is gone."""
-        if not self.ended and trial_id in self.running:
-            assignment = self.running[trial_id]
+        if self.ended or trial_id not in self.running:
+            return
+        assignment = self.running[trial_id]
+        if not self.ledger.sees_to(assignment.number):
+            del self.running[trial_id]
+        else:
             self._failed(trial_id, lost(assignment.directory, assignment.attempt, self._limits), "lost")
 
     def _failed(self, trial_id: str, failure: Failure, slot: str) -> None:
         assignment = self.running.pop(trial_id)
         self.ledger.span(assignment.number, slot, self._began[trial_id])
         again = self.ledger.fail(assignment.number, failure)
+        if again:
+            self._waiting[assignment.number] = assignment
         self._tell(Told(assignment, None, "again" if again else "failed", failure.cause))
         self.spent = self._spent()
         alike = self.ledger.alike()

@@ -79,7 +79,8 @@ def make_beginning(config: TuneConfig, space: Space, seed: int, earlier: Earlier
                     params=drawn,
                     distributions={name: space.distribution(name) for name in drawn},
                     values=trial.values,
-                    intermediate_values=trial.intermediate_values,
+                    # Of no use to a sampler for several objectives, and refused by TPE in a pruned trial.
+                    intermediate_values={} if config.objectives else trial.intermediate_values,
                 )
             )
     points.append(space.as_drawn(params_of(best[0])))

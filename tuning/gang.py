@@ -5,12 +5,13 @@ each hold a part and wait for the rest. The workers are kept from trial to trial
 fails, all are ended, since the others wait for it in the middle of an exchange, and the next trial has new ones.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -33,7 +34,7 @@ class Gang:
         """See `Objective.run`. Raises Lost where a worker is."""
         directory.mkdir(parents=True, exist_ok=True)
         if not self._members:
-            self._members = self._started()
+            self._start(directory)
         self._of_all("begin", directory, params, directory)
         while True:
             epoch: Epoch = self._of_all("step", directory)[0]
@@ -41,20 +42,18 @@ class Gang:
             if epoch.last:
                 return
 
-    def _started(self) -> list[Any]:
+    def _start(self, directory: Path) -> None:
         group = get_current_placement_group()
-        members = [
+        self._members = [
             ray.remote(_Member)
             .options(
                 **_share(group.bundle_specs[place]),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
             )
-            .remote(self._memory_gb)
+            .remote(place, self._memory_gb)
             for place in range(self._workers)
         ]
-        addresses = ray.get([member.address.remote() for member in members])
-        ray.get([member.make.remote(self._make, addresses, rank) for rank, member in enumerate(members)])
-        return members
+        self._of_all("make", directory, self._make, self._of_all("address", directory))
 
     def _of_all(self, method: str, directory: Path, *arguments: Any) -> list[Any]:
         """What all workers answer; at the first error all of them are ended."""
@@ -71,18 +70,19 @@ class Gang:
         for member in self._members:
             ray.kill(member)
         self._members = []
-        if any(isinstance(one, RayActorError) for one in errors):
+        if any(not isinstance(one, RayTaskError) for one in errors):
             logs = "".join(path.read_text() for path in directory.glob("worker-*.log"))
             if told := too_much_memory(logs):
                 raise TooMuchMemory(told)
             raise Lost("one of its workers was lost")
-        raise error.cause if isinstance(error, RayTaskError) else error
+        raise error.cause
 
 
-def _error(ref: Any) -> Exception | None:
+def _error(ref: Any) -> Any:
+    """The error that a call has ended with: that of the call itself, or that its worker is gone."""
     try:
         ray.get(ref)
-    except (RayActorError, RayTaskError) as error:
+    except RayError as error:
         return error
     return None
 
@@ -94,18 +94,20 @@ def _share(bundle: dict[str, float]) -> dict[str, float]:
 class _Member:
     """One worker: an actor."""
 
-    def __init__(self, memory_gb: float | None) -> None:
-        self._memory_gb = memory_gb
+    def __init__(self, rank: int, memory_gb: float | None) -> None:
+        self._rank, self._memory_gb = rank, memory_gb
+        self._log: IO[str] = io.StringIO()
 
     def address(self) -> str:
         return own_address()
 
-    def make(self, make: Callable[[int], Objective], addresses: list[str], rank: int) -> None:
-        describe_cluster(addresses, rank)
-        self._rank, self._objective = rank, make(rank)
+    def make(self, make: Callable[[int], Objective], addresses: list[str]) -> None:
+        describe_cluster(addresses, self._rank)
+        self._objective = make(self._rank)
 
     def begin(self, params: dict[str, Any], directory: Path) -> None:
         self._epochs = self._objective.run(params, directory)
+        self._log.close()
         self._log = (directory / f"worker-{self._rank}.log").open("w")
 
     def step(self) -> Epoch:

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,14 +26,13 @@ from cluster.errors import HelioError
 from cluster.run import write_atomic
 from jobs.evaluation.metrics import Metric, better
 from tuning.config import TuneConfig
-from tuning.samplers import make_pruner, make_sampler, ranked_at
+from tuning.population import SUCCEEDS, begun_afresh, milestone, next_succession
+from tuning.samplers import make_pruner, make_sampler
 from tuning.space import Space
 from tuning.storage import Storage
 
 BEAT_S, DEAD_AFTER_S = 10.0, 60.0
 """How often a driver shows that it lives, and after how long without a sign another machine's counts as dead."""
-SUCCEEDS = "succeeds"
-"""Attribute of a trial that goes on from another one: in whose place, whose, and after which epoch."""
 GONE = -1
 """The sign of a driver that has ended in good order."""
 PROGRESS = "progress.npz"
@@ -87,7 +85,7 @@ class Ledger:
         beginning: Given = lambda number, sampler, space: {},
     ) -> None:
         """`beginning` says what a new trial is given, as Optuna would have drawn it, and is not drawn anew."""
-        self.storage, self._space, self._config, self._seed, self._directory = storage, space, config, seed, directory
+        self.storage, self._space, self.config, self._seed, self._directory = storage, space, config, seed, directory
         self._beginning = beginning
         self.study = optuna.create_study(
             study_name=name,
@@ -166,40 +164,44 @@ class Ledger:
 
     def report(self, number: int, epoch: int, value: float, figures: dict[str, float]) -> bool:
         """Record what a trial has reached after an epoch. True: it is to be ended, as hopeless or as another's."""
-        if not self._is_mine(number):
+        if not self.sees_to(number):
             return True
-        identifier, database = self._mine[number], self.storage.optuna
-        database.set_trial_intermediate_value(identifier, epoch, value)
-        trial = database.get_trial(identifier)
-        if self.better(trial.intermediate_values.values()) == value:
+        earlier = [v for e, v in self._frozen(number).intermediate_values.items() if e < epoch]
+        # Of the first of the best epochs, as its weights are. A value without its figures would be of no use.
+        if value not in earlier and self.better([*earlier, value]) == value:
             self._note(number, "figures", figures)
-        return self.study.pruner.prune(self.study, trial)
+        self.storage.optuna.set_trial_intermediate_value(self._mine[number], epoch, value)
+        return self.study.pruner.prune(self.study, self._frozen(number))
 
     def better(self, values: Iterable[float]) -> float:
         """The best of some values of the metric."""
-        return better(self._config.metric, values)
+        return better(self.config.metric, values)
 
     def complete(self, number: int) -> None:
         """A trial has done all its epochs; what it has reached is what its best one has."""
-        if self._is_mine(number):
-            trial, further = self._frozen(number), self._config.objectives
+        if self.sees_to(number):
+            trial, further = self._frozen(number), self.config.objectives
             figures, value = trial.user_attrs["figures"], self.better(trial.intermediate_values.values())
             self._constrain(number, figures)
             self._end(number, TrialState.COMPLETE, [value, *(figures[name] for name in further)])
 
     def refuse(self, number: int, costs: Mapping[str, float], reason: str) -> None:
         """A trial whose model is above a limit is ended before it has trained; the sampler hears by how much."""
-        if self._is_mine(number):
+        if self.sees_to(number):
             self._constrain(number, costs)
             self._note(number, "figures", dict(costs))
             self.prune(number, reason)
 
     def prune(self, number: int, reason: str | None = None) -> None:
         """A trial is ended before its time: by the pruner, or for a reason that is kept with it."""
-        if self._is_mine(number):
+        if self.sees_to(number):
             if reason is not None:
                 self._note(number, "ended", reason)
-            self._end(number, TrialState.PRUNED)
+            if self.config.objectives and self._frozen(number).intermediate_values:
+                # Optuna's samplers take no pruned trials with values where there are several objectives.
+                self.complete(number)
+            else:
+                self._end(number, TrialState.PRUNED)
 
     def give_up(self, reason: str) -> None:
         """End every trial that this driver sees to, also those that are to be begun again."""
@@ -207,14 +209,23 @@ class Ledger:
             self.prune(number, reason)
         self._again.clear()
 
+    def sees_to(self, number: int) -> bool:
+        """Whether a trial is this driver's, and no other one has taken it over, which held this one for dead."""
+        if number not in self._mine:
+            return False
+        if self._frozen(number).user_attrs["attempts"][-1] != self._own:
+            del self._mine[number]
+            return False
+        return True
+
     def fail(self, number: int, failure: Failure) -> bool:
         """An attempt has failed. True: the trial will be begun again; else it is recorded as FAIL."""
-        if not self._is_mine(number):
+        if not self.sees_to(number):
             return False
         failures = [*failures_of(self._frozen(number)), failure]
         self._note(number, "failures", [vars(one) for one in failures])
-        counted = sum(one.kind in self._config.retry_on for one in failures)
-        if failure.kind in self._config.retry_on and counted <= self._config.retries:
+        counted = sum(one.kind in self.config.retry_on for one in failures)
+        if failure.kind in self.config.retry_on and counted <= self.config.retries:
             self._again.append(number)
             return True
         self._end(number, TrialState.FAIL)
@@ -222,11 +233,11 @@ class Ledger:
 
     def best(self) -> Best | None:
         """See `best_of`."""
-        return best_of(self.trials(), self._config.metric)
+        return best_of(self.trials(), self.config.metric)
 
     def span(self, number: int, slot: str, began: float) -> None:
         """Record that an attempt had a slot from `began`, in Unix time, until now."""
-        if self._is_mine(number):
+        if self.sees_to(number):
             spans = self._frozen(number).user_attrs.get("spans", [])
             self._note(number, "spans", [*spans, {"slot": slot, "began": began, "ended": time.time()}])
 
@@ -244,54 +255,42 @@ class Ledger:
     def alike(self) -> Failure | None:
         """The failure that all trials so far have ended with, once they are as many as say something."""
         ended = [trial for trial in self.trials() if trial.state.is_finished()]
-        if len(ended) < min(ALIKE, self._config.trials) or any(t.state is not TrialState.FAIL for t in ended):
+        if len(ended) < min(ALIKE, self.config.trials) or any(t.state is not TrialState.FAIL for t in ended):
             return None
         last = [failures_of(trial)[-1] for trial in ended]
         return last[0] if len({one.kind for one in last}) == 1 else None
 
     def _more(self, trials: list[FrozenTrial]) -> bool:
         """Whether a new trial is to begin."""
-        if len(trials) >= self._config.trials:
+        if len(trials) >= self.config.trials:
             return False
-        if self._config.pruner != "pbt":
+        if self.config.pruner != "pbt":
             return True
-        afresh = sum(SUCCEEDS not in trial.user_attrs for trial in trials)
-        return afresh < self._config.population or self._succession(trials) is not None
+        return begun_afresh(trials) < self.config.population or self._succession(trials) is not None
 
     def _succession(self, trials: list[FrozenTrial]) -> dict[str, int] | None:
-        """The first trial of a population that was ended and has no successor yet, and whom that one goes on from."""
-        followed = {trial.user_attrs[SUCCEEDS]["trial"] for trial in trials if SUCCEEDS in trial.user_attrs}
-        for trial in trials:
-            epoch = trial.last_step
-            if trial.state is not TrialState.PRUNED or trial.number in followed or epoch is None:
-                continue
-            if "ended" in trial.user_attrs:
-                continue
-            ranked = ranked_at(trials, epoch, self.study.direction)
-            first = ranked[: max(1, len(ranked) // self._config.reduction_factor)]
-            parent = first[np.random.default_rng([self._seed, trial.number]).integers(len(first))]
-            return {"trial": trial.number, "parent": parent.number, "epoch": epoch}
-        return None
-
-    def _succeed(self, identifier: int, succession: dict[str, int]) -> dict[str, Any]:
-        """Settings of a trial that goes on from another one, as Optuna would have drawn them."""
-        self.storage.optuna.set_trial_user_attr(identifier, SUCCEEDS, succession)
-        parent = params_of(self.trials()[succession["parent"]])
-        return self._space.near(parent, [self._seed, succession["trial"], succession["parent"]])
+        if self.config.pruner != "pbt":
+            return None
+        return next_succession(trials, self.config, self._seed, self.study.direction)
 
     def _assign(self, trial: FrozenTrial | None) -> Assignment:
         """See to a trial, or to a new one."""
         study, database = self.study, self.storage.optuna
         number = len(self.trials()) if trial is None else trial.number
-        study.sampler = make_sampler(self._config, self._seed, number)
+        study.sampler = make_sampler(self.config, self._seed, number)
         identifier = database.create_new_trial(self._id) if trial is None else trial._trial_id
         # A driver may have died before it had drawn a value.
-        if not database.get_trial(identifier).params:
-            succession = self._succession(self.trials()) if self._config.pruner == "pbt" else None
+        frozen, trials = database.get_trial(identifier), self.trials()
+        succession = frozen.user_attrs.get(SUCCEEDS) or (None if frozen.params else self._succession(trials))
+        if not frozen.params:
             if succession is not None:
-                given = self._succeed(identifier, succession)
+                database.set_trial_user_attr(identifier, SUCCEEDS, succession)
+                seed = [self._seed, succession["trial"], succession["parent"]]
+                given = self._space.near(params_of(trials[succession["parent"]]), seed)
             else:
-                given = self._beginning(number, make_sampler(self._config, self._seed, number), self._space)
+                # Given points are those of trials that go on from no other.
+                afresh = begun_afresh(trials[:number])
+                given = self._beginning(afresh, make_sampler(self.config, self._seed, number), self._space)
             if given:
                 database.set_trial_system_attr(identifier, "fixed_params", given)
         live = optuna.Trial(study, identifier)
@@ -302,24 +301,23 @@ class Ledger:
         live.set_user_attr("directory", directory)
         params = self._space.suggest(live)
         live.set_user_attr("params", params)
-        succeeds = live.user_attrs.get(SUCCEEDS)
         progress = Path(directory) / PROGRESS
-        if succeeds is not None and not progress.exists():
-            parent = Path(self.trials()[succeeds["parent"]].user_attrs["directory"])
+        if succession is not None and not progress.exists():
+            reached = milestone(Path(trials[succession["parent"]].user_attrs["directory"]), succession["epoch"])
             progress.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(progress, partial(shutil.copyfile, milestone(parent, succeeds["epoch"])))
+            write_atomic(progress, partial(shutil.copyfile, reached))
         self._mine[live.number] = live._trial_id
         return Assignment(live.number, params, Path(directory), len(attempts))
 
     def _end(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
         # The sampler that drew the trial hears of its end.
-        self.study.sampler = make_sampler(self._config, self._seed, number)
+        self.study.sampler = make_sampler(self.config, self._seed, number)
         self.study.tell(number, values, state=state)
         del self._mine[number]
 
     def _constrain(self, number: int, figures: Mapping[str, float]) -> None:
         trial = optuna.Trial(self.study, self._mine[number])
-        for name, limit in self._config.limits.items():
+        for name, limit in self.config.limits.items():
             trial.set_constraint(name, figures[name] - limit)
 
     def _note(self, number: int, name: str, value: Any) -> None:
@@ -327,15 +325,6 @@ class Ledger:
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.storage.optuna.get_trial(self._mine[number])
-
-    def _is_mine(self, number: int) -> bool:
-        """Whether no other driver has taken a trial over, which held this one for dead."""
-        if number not in self._mine:
-            return False
-        if self._frozen(number).user_attrs["attempts"][-1] != self._own:
-            del self._mine[number]
-            return False
-        return True
 
     def _is_orphan(self, trial: FrozenTrial) -> bool:
         """Whether nobody sees to a trial that is running."""
@@ -350,11 +339,6 @@ class Ledger:
         if self._seen.get(driver, (None, 0.0))[0] != sign:
             self._seen[driver] = sign, time.monotonic()
         return sign == GONE or time.monotonic() - self._seen[driver][1] > DEAD_AFTER_S
-
-
-def milestone(directory: Path, epoch: int) -> Path:
-    """What other trials may go on from: where a trial was after an epoch."""
-    return directory / f"epoch-{epoch}.npz"
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:

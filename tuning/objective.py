@@ -4,12 +4,11 @@ Where the recipe asks for several folds or seeds, as many models are trained sid
 what counts is their mean, so that a lucky split or draw does not win.
 """
 
+import json
 import math
-import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from cluster.run import write_atomic
 from jobs.evaluation.metrics import Metric, better, measure
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
@@ -26,7 +24,8 @@ from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, W
 from tuning.config import Cost
 from tuning.costs import measure_costs
 from tuning.gang import Gang
-from tuning.ledger import PROGRESS, milestone
+from tuning.ledger import PROGRESS
+from tuning.population import milestone
 from tuning.slot import Epoch, NotFinite, Objective, TooCostly
 from tuning.space import split
 
@@ -89,6 +88,19 @@ class _Member:
 
 
 @dataclass(frozen=True)
+class _Reached:
+    """Where a trial was after an epoch."""
+
+    values: list[float]
+    """By epoch."""
+    inherited: int
+    """Epochs that another trial has done, whom this one goes on from."""
+    figures: dict[str, float] | None
+    """Of the last epoch, where it is its own."""
+    models: Sequence[Progress | None]
+
+
+@dataclass(frozen=True)
 class _Shape:
     """What a slot has of a model's shape: compiled once for all trials of it."""
 
@@ -111,16 +123,20 @@ class FinetuneObjective:
             return
         finetune, model = split(params)
         config, metric = self._settings.base.model_copy(update=finetune), self._settings.metric
-        shape, file = self._shape(model, directory), directory / PROGRESS
-        members, limits = shape.members, self._settings.limits
+        shape, file, limits = self._shape(model, directory), directory / PROGRESS, self._settings.limits
+        members = shape.members
         if too_much := [
             f"{name} is {shape.costs[name]:.3g}, the limit {limit:g}"
             for name, limit in limits.items()
             if shape.costs[name] > limit
         ]:
             raise TooCostly("; ".join(too_much), shape.costs)
-        values, former = _former(members, directory)
-        for epochs in zip(*_trainings(members, config, former), strict=True):
+        reached = _reached(members, file)
+        values, inherited = reached.values, reached.inherited
+        if reached.figures is not None:
+            # Whoever saw to it may have died before it was recorded.
+            yield Epoch(len(values), values[-1], reached.figures, last=False)
+        for epochs in zip(*_trainings(members, config, reached), strict=True):
             epoch, loss = epochs[0][0], float(np.mean([loss for _, loss in epochs]))
             if math.isnan(loss):
                 raise NotFinite(f"not one step of epoch {epoch} had a finite gradient")
@@ -128,18 +144,20 @@ class FinetuneObjective:
             figures = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
             if not math.isfinite(figures[metric]):
                 raise NotFinite(f"{metric} after epoch {epoch} is {figures[metric]}")
+            figures = {"loss": loss, **figures, **shape.costs}
             values.append(figures[metric])
-            best = values.index(better(metric, values)) + 1
+            own = values[inherited:]
+            best = inherited + own.index(better(metric, own)) + 1
             if best == epoch and len(members) == 1:
                 save_arrays(directory / BEST, members[0].finetuner.weights())
             patience = self._settings.patience
             last = epoch == config.epochs or (patience is not None and epoch - best >= patience)
+            every = self._settings.milestones_every
+            if every is not None and not epoch % every:
+                _write(milestone(directory, epoch), members, values, len(values), None)
             if not last:
-                _write(file, values, [member.finetuner.progress() for member in members])
-                every = self._settings.milestones_every
-                if every is not None and not epoch % every:
-                    write_atomic(milestone(directory, epoch), partial(shutil.copyfile, file))
-            yield Epoch(epoch, figures[metric], {"loss": loss, **figures, **shape.costs}, last)
+                _write(file, members, values, inherited, figures)
+            yield Epoch(epoch, figures[metric], figures, last)
             if last:
                 break
         file.unlink(missing_ok=True)
@@ -152,7 +170,10 @@ class FinetuneObjective:
         """What the other workers do: the same training, of which the first one tells."""
         finetune, model = split(params)
         config, members = self._settings.base.model_copy(update=finetune), self._shape(model, directory).members
-        for epochs in zip(*_trainings(members, config, _former(members, directory)[1]), strict=True):
+        reached = _reached(members, directory / PROGRESS)
+        if reached.figures is not None:
+            yield Epoch(len(reached.values), math.nan, {}, last=False)
+        for epochs in zip(*_trainings(members, config, reached), strict=True):
             yield Epoch(epochs[0][0], math.nan, {}, last=False)
 
     def _shape(self, settings: Mapping[str, Any], directory: Path) -> _Shape:
@@ -171,19 +192,11 @@ class FinetuneObjective:
         return self._shapes[key]
 
 
-def _trainings(
-    members: list[_Member], config: FinetuneConfig, former: list[Progress | None]
-) -> list[Iterator[tuple[int, float]]]:
+def _trainings(members: list[_Member], config: FinetuneConfig, reached: _Reached) -> list[Iterator[tuple[int, float]]]:
     return [
         member.finetuner.train(member.training, config, progress=progress)
-        for member, progress in zip(members, former, strict=True)
+        for member, progress in zip(members, reached.models, strict=True)
     ]
-
-
-def _former(members: list[_Member], directory: Path) -> tuple[list[float], list[Progress | None]]:
-    """What a former attempt has reached: (values by epoch, where each model was)."""
-    file = directory / PROGRESS
-    return _read(file) if file.exists() else ([], [None] * len(members))
 
 
 def _members(material: Material, model: ModelConfig, settings: Finetuning, workers: Workers | None) -> list[_Member]:
@@ -211,16 +224,22 @@ def _judged(member: _Member) -> dict[str, float]:
     return measure(member.finetuner.probabilities(member.held_out.images), member.held_out.labels)
 
 
-def _write(file: Path, values: list[float], members: list[Progress]) -> None:
-    arrays = [array for member in members for array in (np.array(len(member.arrays)), *member.arrays)]
-    save_arrays(file, [np.array(values), *arrays])
+def _write(
+    file: Path, members: list[_Member], values: list[float], inherited: int, figures: dict[str, float] | None
+) -> None:
+    models = [member.finetuner.progress().arrays for member in members]
+    note = {"values": values, "inherited": inherited, "figures": figures, "arrays": [len(model) for model in models]}
+    save_arrays(file, [np.frombuffer(json.dumps(note).encode(), np.uint8), *(a for model in models for a in model)])
 
 
-def _read(file: Path) -> tuple[list[float], list[Progress | None]]:
-    values, *arrays = load_arrays(file)
-    members: list[Progress | None] = []
-    while arrays:
-        count, *arrays = arrays
-        members.append(Progress(len(values), arrays[: int(count)]))
-        arrays = arrays[int(count) :]
-    return values.tolist(), members
+def _reached(members: list[_Member], file: Path) -> _Reached:
+    """What a former attempt, or the trial that this one goes on from, has left behind."""
+    if not file.exists():
+        return _Reached([], 0, None, [None] * len(members))
+    text, *arrays = load_arrays(file)
+    note = json.loads(text.tobytes())
+    models = []
+    for count in note.pop("arrays"):
+        models.append(Progress(len(note["values"]), arrays[:count]))
+        arrays = arrays[count:]
+    return _Reached(models=models, **note)

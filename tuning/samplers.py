@@ -1,7 +1,6 @@
 """What suggests the next trial, and what ends a hopeless one: Optuna's, made from a recipe."""
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import optuna
@@ -9,6 +8,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from tuning.config import TuneConfig
+from tuning.population import Truncation
 
 
 def make_sampler(config: TuneConfig, seed: int, number: int) -> optuna.samplers.BaseSampler:
@@ -83,30 +83,3 @@ class SuccessiveHalving(optuna.pruners.BasePruner):
         ]
         values.sort(reverse=study.direction is StudyDirection.MAXIMIZE)
         return value not in values[: max(1, len(values) // self._eta)]
-
-
-class Truncation(optuna.pruners.BasePruner):
-    """Truncation selection of population-based training (Jaderberg et al. 2017): every so many epochs the last one in
-    so many of the trials that came so far ends; who goes on in its place says the ledger.
-    """
-
-    def __init__(self, every: int, factor: int, epochs: int) -> None:
-        self._every, self._factor, self._epochs = every, factor, epochs
-
-    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether a trial ends after its last epoch."""
-        epoch = trial.last_step
-        if epoch is None or epoch % self._every or epoch >= self._epochs:
-            return False
-        ranked = ranked_at(study.get_trials(deepcopy=False), epoch, study.direction)
-        last = ranked[len(ranked) - len(ranked) // self._factor :]
-        return trial.number in [one.number for one in last]
-
-
-def ranked_at(trials: Iterable[FrozenTrial], epoch: int, direction: StudyDirection) -> list[FrozenTrial]:
-    """The trials that have a value after an epoch, the best first."""
-    sign = -1 if direction is StudyDirection.MAXIMIZE else 1
-    return sorted(
-        (trial for trial in trials if epoch in trial.intermediate_values),
-        key=lambda trial: (sign * trial.intermediate_values[epoch], trial.number),
-    )

@@ -8,6 +8,7 @@ model, too.
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,46 @@ from jobs.training.checkpoint import Checkpoint, read_state
 from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 from jobs.training.finetune import Start
 from tuning import first
-from tuning.config import TuneConfig
+from tuning.config import SCRATCH, TuneConfig
 from tuning.engine import Told, run_trials
 from tuning.insight import front_of, settings_of
-from tuning.ledger import SUCCEEDS, Ledger, failures_of, params_of
+from tuning.ledger import Ledger, best_of, failures_of, params_of
 from tuning.objective import BEST, Finetuning, Material
+from tuning.population import SUCCEEDS
 from tuning.slot import Limits
 from tuning.space import Space, split
 from tuning.storage import Storage, place_of
 from tuning.table import ENDS, TrialTable
 
 
+@dataclass(frozen=True)
+class _Search:
+    """One of the searches of a run."""
+
+    run: Run
+    stage: str
+    config: TuneConfig
+    base: FinetuneConfig
+    """Settings that are not searched."""
+    start: Start
+    initial: str
+    """The checkpoint's directory, or scratch."""
+    dataset: Dataset
+
+    @property
+    def directory(self) -> Path:
+        """The trials' own directories lie in it."""
+        return self.run.directory / self.stage
+
+
 def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Search from a checkpoint's backbone, or from random weights; what was begun before is gone on with."""
-    import ray
-
     config, base = run.recipe.section(TuneConfig), run.recipe.section(FinetuneConfig)
     dataset = Dataset.open(run.require("ingest")["dataset"])
+    if checkpoint is None:
+        base = base.model_copy(update=OF_PRETRAINED)
+        space = {name: dimension for name, dimension in config.space.items() if name not in OF_PRETRAINED}
+        config = config.model_copy(update={"space": space})
     start = Start(
         model=run.recipe.section(ModelConfig),
         image_size=run.recipe.section(DataConfig).image_size,
@@ -50,61 +74,95 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
         seed=run.recipe.seed,
         weights=checkpoint.read("backbone") if checkpoint else None,
     )
-    dimensions = {k: d for k, d in config.space.items() if checkpoint is not None or k not in OF_PRETRAINED}
-    if checkpoint is None:
-        base = base.model_copy(update=OF_PRETRAINED)
-    directory = run.directory / stage
-    url, name = place_of(config, run.directory, stage)
-    storage, space = Storage(url), Space(dimensions, base, start.model)
+    what = _Search(run, stage, config, base, start, str(checkpoint.directory) if checkpoint else SCRATCH, dataset)
+    url, _ = place_of(config, run.directory, stage)
+    storage = Storage(url)
     run.cleanup.callback(storage.close)
-    earlier = first.find_earlier(config.warm_start, run, stage) if config.warm_start else None
+    ledger, material = _open_study(what, storage), _material(what)
+    began = time.monotonic()
+    ended_by = _carry_out(what, ledger, material)
+    seconds = round(time.monotonic() - began, 2)
+    if ledger.over:
+        for left in what.directory.glob("*/epoch-*.npz"):
+            left.unlink()
+    if ended_by is not None:
+        run.progress.say(f"  the search has ended early: {ended_by}")
+    return {**_summary(what, ledger), "ended_by": ended_by, "seconds": seconds}
+
+
+def _open_study(what: _Search, storage: Storage) -> Ledger:
+    """Begin a study, or go on with it. Raises HelioError where it holds another search."""
+    run, config, start = what.run, what.config, what.start
+    space = Space(config.space, what.base, start.model)
+    earlier = first.find_earlier(config.warm_start, run, what.stage) if config.warm_start else None
     beginning = first.make_beginning(config, space, run.recipe.seed, earlier)
     if config.sampler == "grid":
         config = config.model_copy(update={"trials": min(config.trials, len(beginning.points))})
+    _, name = place_of(config, run.directory, what.stage)
     ledger = Ledger(
         storage,
         name,
         space,
         config,
         seed=run.recipe.seed,
-        epochs=base.epochs,
-        directory=directory,
+        epochs=what.base.epochs,
+        directory=what.directory,
         beginning=beginning.of,
     )
     ledger.claim(
         {
-            "space": {name: dimension.model_dump() for name, dimension in dimensions.items()},
-            "finetune": base.model_dump(),
+            "space": {name: dimension.model_dump() for name, dimension in config.space.items()},
+            "finetune": what.base.model_dump(),
             "metric": config.metric,
             "objectives": config.objectives,
             "limits": config.limits,
+            "population": _population(config),
             "folds": config.folds,
             "seeds": config.seeds,
             "seed": run.recipe.seed,
             "model": start.model.model_dump(),
-            "data set": dataset.fingerprint,
-            "start": read_state(checkpoint.directory).weights_sha256 if checkpoint else "scratch",
+            "data set": what.dataset.fingerprint,
+            "start": SCRATCH if what.initial == SCRATCH else read_state(Path(what.initial)).weights_sha256,
         }
     )
-    labelled, validation = labelled_subset(run), held_out(run, "validation")
-    run.progress.say(
-        f"  {config.trials} trials of up to {base.epochs} epochs on {len(labelled.labels):,} labelled images"
-    )
     before = ledger.trials()
+    run.progress.say(f"  {ledger.config.trials} trials of up to {what.base.epochs} epochs")
     if earlier is not None and not before:
         run.progress.say(f"  {first.told(earlier)}")
     if before:
         ended = sum(trial.state.is_finished() for trial in before)
         run.progress.say(f"  going on with study {ledger.study.study_name}: {ended} trials have ended")
-    resources = run.profile.trials
-    table, started = TrialTable(ledger, config.metric), time.monotonic()
+    return ledger
+
+
+def _material(what: _Search) -> Material:
+    """What all trials share. Raises HelioError where it is less than the workers of a trial can share."""
+    run, folds = what.run, what.config.folds
+    labelled, validation = labelled_subset(run), held_out(run, "validation")
+    if len(labelled.labels) // folds < run.profile.trials.workers_per_trial:
+        raise HelioError(
+            f"there are fewer labelled images ({len(labelled.labels)}) than workers of a trial: take fewer "
+            "(profile.trials.workers_per_trial), or more labels (finetune.labels_fraction)"
+        )
+    run.progress.say(f"  {len(labelled.labels):,} labelled images")
+    return (
+        Material(what.start, labelled + validation, None) if folds > 1 else Material(what.start, labelled, validation)
+    )
+
+
+def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
+    """Run the trials, and tell of them; which budget has ended the search, in words."""
+    import ray
+
+    run, config, stage, resources = what.run, what.config, what.stage, what.run.profile.trials
+    table, began = TrialTable(ledger, config.metric), time.monotonic()
     lineage = {
         "helio.run": run.name,
-        "helio.study": f"{ledger.study.study_name} in {storage.shown}",
-        "helio.checkpoint": str(checkpoint.directory) if checkpoint else "scratch",
-        "helio.dataset_fingerprint": dataset.fingerprint,
+        "helio.study": f"{ledger.study.study_name} in {ledger.storage.shown}",
+        "helio.checkpoint": what.initial,
+        "helio.dataset_fingerprint": what.dataset.fingerprint,
     }
-    total = config.trials * base.epochs
+    total = ledger.config.trials * what.base.epochs
     with (
         Tracker(run) as tracker,
         run.progress.task(f"search {stage}", total, "epochs", table.rendered) as task,
@@ -127,45 +185,41 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
                 tracker.metrics(stage, told.epoch.figures, table.epochs)
                 task.update(table.epochs, trials=table.trials, best=table.best or 0.0)
 
-        # Trials get a reference and map the images read-only from the object store: one copy a node.
-        material = Material(start, labelled, validation)
-        if config.folds > 1:
-            material = Material(start, labelled + validation, None)
-        shared = ray.put(material)
         make = Finetuning(
-            [shared],
-            base,
-            config.metric,
-            config.patience,
-            config.folds,
-            config.seeds,
-            resources.threads_per_trial,
-            resources.gpus_per_trial,
-            config.measures_costs,
-            config.limits,
-            config.grace_epochs if config.pruner == "pbt" else None,
-            resources.workers_per_trial,
-            resources.memory_gb,
+            # Trials get a reference and map the images read-only from the object store: one copy a node.
+            [ray.put(material)],
+            what.base,
+            metric=config.metric,
+            patience=config.patience,
+            folds=config.folds,
+            seeds=config.seeds,
+            threads=resources.threads_per_trial,
+            gpus=resources.gpus_per_trial,
+            measure_costs=config.measures_costs,
+            limits=config.limits,
+            milestones_every=config.grace_epochs if config.pruner == "pbt" else None,
+            workers=resources.workers_per_trial,
+            memory_gb=resources.memory_gb,
         )
-        process = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}
-        many = resources.workers_per_trial
-        ended_by = run_trials(
+        process, many = {"CPU": resources.cpus_per_trial, "GPU": resources.gpus_per_trial}, resources.workers_per_trial
+        return run_trials(
             ledger,
             make,
             Limits(config.epoch_timeout_s, resources.memory_gb),
             slots=resources.concurrent,
             # The slot of a trial of several workers only waits for them.
             resources=[process] if many == 1 else [{}, *[process] * many],
-            directory=directory,
+            directory=what.directory,
             tell=tell,
-            spent=lambda: _spent(config, table, time.monotonic() - started, resources),
+            spent=lambda: _spent(config, table, time.monotonic() - began, resources),
         )
-    if ledger.over:
-        for left in directory.glob("*/epoch-*.npz"):
-            left.unlink()
-    if ended_by is not None:
-        run.progress.say(f"  the search has ended early: {ended_by}")
-    return _summary(ledger, storage, base, checkpoint, time.monotonic() - started, ended_by, run)
+
+
+def _population(config: TuneConfig) -> dict[str, int] | None:
+    """What all drivers of population-based training must agree on."""
+    if config.pruner != "pbt":
+        return None
+    return {name: getattr(config, name) for name in ("trials", "population", "grace_epochs", "reduction_factor")}
 
 
 def _record(trial: FrozenTrial, metric: Metric, lineage: dict[str, str]) -> TrialRecord:
@@ -205,28 +259,24 @@ def _devices(resources: TrialResources) -> float:
     return resources.workers_per_trial * (resources.gpus_per_trial or resources.cpus_per_trial)
 
 
-def _summary(
-    ledger: Ledger,
-    storage: Storage,
-    base: FinetuneConfig,
-    checkpoint: Checkpoint | None,
-    seconds: float,
-    ended_by: str | None,
-    run: Run,
-) -> dict[str, Any]:
+def _summary(what: _Search, ledger: Ledger) -> dict[str, Any]:
     """The stage's result, read from the study: states, each trial's curve, and the winner's full configuration."""
-    trials, found, config = ledger.trials(), ledger.best(), run.recipe.section(TuneConfig)
+    run, config, trials, found = what.run, what.config, ledger.trials(), ledger.best()
     metric = config.metric
     states = Counter(trial.state.name for trial in trials)
+    if found is None and (refused := [trial.user_attrs["ended"] for trial in trials if trial.constraints]):
+        raise HelioError(f"every model of the space is above a limit, the last one: {refused[-1]}: raise tune.limits")
     if found is None:
         raise HelioError(f"no trial of the search reported a result: see {run.directory / 'run.log'}")
+    if front := front_of(trials, config):
+        # Of several that are as good by the metric, the front has the one that costs less.
+        found = best_of(front[:1], metric) or found
     best, epochs, value = found
     params = params_of(best)
     run.progress.say(
         f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; best: trial "
         f"{best.number}, validation {title(metric)} {told(metric, value)} after {epochs} epochs ({settings_of(best)})"
     )
-    front = front_of(trials, config)
     for trial in front:
         values = [
             f"{title(name)} {told(name, v)}" for name, v in zip(config.objective_names, trial.values, strict=True)
@@ -235,13 +285,11 @@ def _summary(
     finetune, model = split(params)
     weights = Path(best.user_attrs["directory"]) / BEST
     return {
-        "initial": str(checkpoint.directory) if checkpoint else "scratch",
+        "initial": what.initial,
         "trials": len(trials),
         "states": dict(states),
-        "ended_by": ended_by,
-        "seconds": round(seconds, 2),
         "busy_s": round(ledger.all_busy_s(), 2),
-        "study": storage.shown,
+        "study": ledger.storage.shown,
         "study_name": ledger.study.study_name,
         "metric": metric,
         "best": {
@@ -250,9 +298,11 @@ def _summary(
             "figures": best.user_attrs["figures"],
             "epochs": epochs,
             "params": params,
-            "config": base.model_copy(update=finetune).model_dump(),
-            "model": run.recipe.section(ModelConfig).changed(model).model_dump(),
+            "config": what.base.model_copy(update=finetune).model_dump(),
+            "model": what.start.model.changed(model).model_dump(),
             "weights": str(weights) if weights.exists() else None,
+            # A trial of a population has had several settings.
+            "retrainable": config.pruner != "pbt",
         },
         "front": [
             {"number": trial.number, "values": dict(zip(config.objective_names, trial.values, strict=True))}

@@ -41,8 +41,11 @@ class TooCostly(Exception):
     """A model above a limit of the search, with what it costs."""
 
     def __init__(self, reason: str, costs: Mapping[str, float]) -> None:
-        super().__init__(reason)
-        self.costs = dict(costs)
+        super().__init__(reason, dict(costs))
+        self.reason, self.costs = reason, dict(costs)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jobs.training.config import FinetuneConfig
 from tuning.config import MODEL, Dimension, Value, in_order, is_whole, may_change, setting
 
 NEAR, ANEW = 0.1, 0.25
+SAMPLES = 16
 
 
 class Space:
@@ -58,7 +59,7 @@ class Space:
     def check_models(self, image_size: int) -> None:
         """Every model that the space names can be built. Raises RecipeError, which names the first that cannot."""
         names = [name for name in self._dimensions if name.startswith(MODEL)]
-        for values in itertools.product(*(self._choices(name) or _axis(self.distribution(name)) for name in names)):
+        for values in itertools.product(*(self._choices(name) or self._samples(name) for name in names)):
             drawn: dict[str, Value] = {}
             for name, value in zip(names, values, strict=True):
                 if self._applies(self._dimensions[name], drawn):
@@ -69,6 +70,11 @@ class Space:
                 named = ", ".join(f"{name} {value}" for name, value in drawn.items())
                 rule = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise RecipeError(f"tune.space: with {named}: {rule}") from None
+
+    def _samples(self, name: str) -> list[Value]:
+        """The values of a range, or of a long one its ends."""
+        values = _axis(self.distribution(name))
+        return values if len(values) <= SAMPLES else [values[0], values[-1]]
 
     def as_drawn(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """The values of searched settings as Optuna would have drawn them, without those that it could not have."""
@@ -81,7 +87,7 @@ class Space:
 
     def near(self, values: Mapping[str, Value], seed: Sequence[int]) -> dict[str, Value]:
         """Values beside others, as Optuna would have drawn them: a tenth of the range up or down, in its own scale, the
-        next one of ordered choices, and one time in four any other choice. What cannot change in a training stays."""
+        next one of ordered choices, and one time in four any choice. What cannot change in a training stays."""
         generator = np.random.default_rng(seed)
         found: dict[str, Value] = {}
         for name, value in self.as_drawn(values).items():

@@ -29,13 +29,25 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
             "export.retrain_on must be train with tune.pruner=pbt: its winner had other settings before, and cannot be "
             "trained again with its last ones"
         )
+    finetune, workers = recipe.section(FinetuneConfig), profile.trials.workers_per_trial
+    if config.pruner == "pbt" and config.grace_epochs >= finetune.epochs:
+        raise RecipeError(
+            f"tune.grace_epochs must be below finetune.epochs ({finetune.epochs}) with tune.pruner=pbt, which compares "
+            f"the trials every so many, got {config.grace_epochs}"
+        )
+    searched = config.space.get("global_batch_size")
+    smallest = int(min(searched.values())) if searched is not None else finetune.global_batch_size
+    if smallest < workers:
+        raise RecipeError(
+            f"finetune.global_batch_size must be at least profile.trials.workers_per_trial ({workers}), got {smallest}"
+        )
     if config.sampler == "gp" and importlib.util.find_spec("torch") is None:
         raise HelioError("tune.sampler=gp needs PyTorch, which is not installed: pip install torch")
     model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
     if config.checkpoint == SCRATCH:
         from tuning.space import Space
 
-        Space(config.space, recipe.section(FinetuneConfig), model).check_models(image_size)
+        Space(config.space, finetune, model).check_models(image_size)
     elif config.checkpoint is not None:
         Checkpoint.open(config.checkpoint).check_model(model, image_size)
 

@@ -48,7 +48,7 @@ class TrialTable:
         for trial in (*sorted(ended, key=lambda trial: trial.datetime_complete), *running):
             for value in trial.intermediate_values.values() if trial.state.name != "FAIL" else ():
                 self._see(trial.number, Path(trial.user_attrs["directory"]), value)
-            if trial.state.is_finished():
+            if trial.state.is_finished() and (trial.intermediate_values or trial.state.name == "FAIL"):
                 self._count(trial.number)
 
     def add(self, told: Told) -> None:
@@ -63,7 +63,8 @@ class TrialTable:
             row.best = self.ledger.better([told.epoch.value] if row.best is None else [told.epoch.value, row.best])
             self._see(number, directory, told.epoch.value)
         if told.outcome in ENDS:
-            self._count(number)
+            if row.best is not None or told.outcome == "failed":
+                self._count(number)
             if told.outcome == "failed" and directory == self._kept:
                 found = self.ledger.best()
                 self.best, self._kept = (found[2], Path(found[0].user_attrs["directory"])) if found else (None, None)
@@ -91,7 +92,7 @@ class TrialTable:
         if told.outcome == "failed":
             return f"trial {row.number} failed: {told.cause}"
         if row.best is None:
-            return f"trial {row.number} did not train: {told.cause}"
+            return f"trial {row.number} ended before its first epoch: {told.cause}"
         ended = "finished" if told.outcome == "complete" else told.outcome
         mark = ", the best so far" if told.trial.directory == self._kept else ""
         value = shown(self._metric, row.best)

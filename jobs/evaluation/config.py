@@ -31,10 +31,13 @@ class EvaluateConfig(Section):
     """Never more steps than this, whatever `min_epochs` says: for a machine on which all labels would take too long."""
     learning_rates: list[Positive] = Field(default=[3e-4, 1e-3, 3e-3], min_length=1)
     """Tried with the first seed; at each fraction each start keeps the one that is best on the validation split."""
+    layer_decays: list[Share] = Field(default=[0.5, 1.0], min_length=1)
+    """Tried with each of them by the pre-trained start, see `finetune.layer_decay`: few labels are better learned with
+    the first layers held back, and many with all of them free. From scratch there is nothing to hold back."""
     linear_penalties: list[Positive] = Field(default=[1e-4, 1e-3, 1e-2, 1e-1], min_length=1)
     """L2 penalties of the linear probe beside the mean loss; the best on the validation split is kept."""
 
-    @field_validator("label_fractions", "learning_rates", "linear_penalties")
+    @field_validator("label_fractions", "learning_rates", "layer_decays", "linear_penalties")
     @classmethod
     def _ascending(cls, values: list[float]) -> list[float]:
         return sorted(set(values))

@@ -104,11 +104,16 @@ def _interval(value: float, interval: Sequence[float], sign: str) -> str:
     return f"{100 * value:{sign}.1f} ({low} to {high})"
 
 
+def _rate(arm: Mapping[str, Any]) -> str:
+    decay = "" if arm["layer_decay"] == 1 else f" (layer decay {arm['layer_decay']:g})"
+    return f"{arm['learning_rate']:g}{decay}"
+
+
 def evaluation_lines(document: Mapping[str, Any]) -> list[str]:
     """The verdict and what must be known beside the table."""
     rates = "; ".join(
         f"{100 * entry['fraction']:.3g} %: {entry['steps']:,} steps at "
-        + " and ".join(f"{entry['finetune'][arm]['learning_rate']:g} {name}" for arm, name in STARTS.items())
+        + " and ".join(f"{_rate(entry['finetune'][arm])} {name}" for arm, name in STARTS.items())
         for entry in document["fractions"]
     )
     said = sentence(document["verdict"])

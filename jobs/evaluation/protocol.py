@@ -18,7 +18,10 @@ from jobs.evaluation.verdict import compare, notes_on, overall
 from jobs.labelled import labelled_rows
 from jobs.model.config import ModelConfig
 from jobs.training.checkpoint import Arrays, Checkpoint
-from jobs.training.config import OF_PRETRAINED, FinetuneConfig, PretrainConfig
+from jobs.training.config import FinetuneConfig, PretrainConfig
+
+Pair = tuple[float, float]
+"""Learning rate and layer decay of a fine-tuning."""
 
 
 class Protocol:
@@ -76,7 +79,7 @@ class Protocol:
     def pending(self) -> list[Cell]:
         """The cells that can be computed now and are not; the longest first, so that none is left alone at the end.
 
-        The first seed tries every learning rate; the others wait for the best.
+        The first seed tries every learning rate and layer decay; the others wait for the best.
         """
         missing = self._missing(self._first()) or self._missing(self._others())
         return sorted(missing, key=lambda cell: -cell.cost)
@@ -86,7 +89,7 @@ class Protocol:
         first = self._first()
         missing = self._missing(first)
         # At whatever rate, the other seeds compute the same number of images.
-        others = self._at_rates(dict.fromkeys(self._arms(), self.config.learning_rates[0]))
+        others = self._at({(fraction, arm): self._pairs(arm)[0] for fraction, arm in self._arms()})
         left = [*missing, *(others if missing else self._missing(self._others()))]
         total = sum(cell.cost for cell in [*first, *others])
         return total - sum(cell.cost for cell in left), total
@@ -97,27 +100,32 @@ class Protocol:
     def _arms(self) -> list[tuple[float, Arm]]:
         return [(fraction, arm) for fraction in self.config.label_fractions for arm in ARMS]
 
+    def _pairs(self, arm: Arm) -> list[Pair]:
+        """What a start tries."""
+        decays = self.config.layer_decays if arm == "pretrained" else [1.0]
+        return [(rate, decay) for rate in self.config.learning_rates for decay in decays]
+
     def _first(self) -> list[Cell]:
         tried = [
-            self._finetuning(fraction, arm, self.seeds[0], rate)
+            self._finetuning(fraction, arm, self.seeds[0], pair)
             for fraction, arm in self._arms()
-            for rate in self.config.learning_rates
+            for pair in self._pairs(arm)
         ]
         probes = [self._probing(fraction, arm, seed) for fraction, arm in self._arms() for seed in self.seeds]
         # With all labels, what is frozen is the same for every seed.
         return [*tried, *{self.key(probe): probe for probe in probes}.values()]
 
     def _others(self) -> list[Cell]:
-        return self._at_rates({(fraction, arm): self._best_rate(fraction, arm) for fraction, arm in self._arms()})
+        return self._at({(fraction, arm): self._best(fraction, arm) for fraction, arm in self._arms()})
 
-    def _at_rates(self, rates: dict[tuple[float, Arm], float]) -> list[Cell]:
-        return [self._finetuning(*place, seed, rate) for place, rate in rates.items() for seed in self.seeds[1:]]
+    def _at(self, pairs: dict[tuple[float, Arm], Pair]) -> list[Cell]:
+        return [self._finetuning(*place, seed, pair) for place, pair in pairs.items() for seed in self.seeds[1:]]
 
-    def _finetuning(self, fraction: float, arm: Arm, seed: int, rate: float) -> Finetuning:
+    def _finetuning(self, fraction: float, arm: Arm, seed: int, pair: Pair) -> Finetuning:
         images = len(self._rows[fraction, seed])
         steps = self.config.budget(images, self._finetune.global_batch_size)
-        scratch = OF_PRETRAINED if arm == "scratch" else {}
-        settings = self._finetune.model_copy(update={"learning_rate": rate, **scratch})
+        rate, decay = pair
+        settings = self._finetune.model_copy(update={"learning_rate": rate, "layer_decay": decay})
         return Finetuning(arm, fraction, seed, settings, steps, images)
 
     def _probing(self, fraction: float, arm: Arm, seed: int) -> Probing:
@@ -125,14 +133,14 @@ class Protocol:
         neighbors = self.run.recipe.section(PretrainConfig).knn_neighbors
         return Probing(arm, fraction, seed, penalties, neighbors, len(self._rows[fraction, seed]))
 
-    def _tried(self, fraction: float, arm: Arm) -> dict[float, float]:
-        """Validation accuracy of the first seed by learning rate."""
-        cells = {rate: self._finetuning(fraction, arm, self.seeds[0], rate) for rate in self.config.learning_rates}
-        return {rate: self._results[self.key(cell)]["validation"] for rate, cell in cells.items()}
+    def _tried(self, fraction: float, arm: Arm) -> dict[Pair, float]:
+        """Validation accuracy of the first seed."""
+        cells = {pair: self._finetuning(fraction, arm, self.seeds[0], pair) for pair in self._pairs(arm)}
+        return {pair: self._results[self.key(cell)]["validation"] for pair, cell in cells.items()}
 
-    def _best_rate(self, fraction: float, arm: Arm) -> float:
+    def _best(self, fraction: float, arm: Arm) -> Pair:
         tried = self._tried(fraction, arm)
-        return max(tried, key=lambda rate: tried[rate])
+        return max(tried, key=lambda pair: tried[pair])
 
     def document(self) -> dict[str, Any]:
         """What all cells say, as evaluation.json holds it. To be called when nothing is pending."""
@@ -158,13 +166,13 @@ class Protocol:
         def right(cell: Cell, method: str) -> Right:
             return unpack(self._results[self.key(cell)]["right"][method], self._test_images)
 
-        rates = {arm: self._best_rate(fraction, arm) for arm in ARMS}
+        best = {arm: self._best(fraction, arm) for arm in ARMS}
         compared: dict[str, Any] = {}
         for method in METHODS:
             seeds = {
                 arm: [
                     right(
-                        self._finetuning(fraction, arm, seed, rates[arm])
+                        self._finetuning(fraction, arm, seed, best[arm])
                         if method == "finetune"
                         else self._probing(fraction, arm, seed),
                         method,
@@ -175,9 +183,13 @@ class Protocol:
             }
             compared[method] = compare(seeds)
         for arm in ARMS:
-            tried = {f"{rate:g}": accuracy for rate, accuracy in self._tried(fraction, arm).items()}
-            compared["finetune"][arm] |= {"learning_rate": rates[arm], "validation_by_learning_rate": tried}
-        first = self._finetuning(fraction, "scratch", self.seeds[0], rates["scratch"])
+            tried = [
+                {"learning_rate": rate, "layer_decay": decay, "validation": accuracy}
+                for (rate, decay), accuracy in self._tried(fraction, arm).items()
+            ]
+            rate, decay = best[arm]
+            compared["finetune"][arm] |= {"learning_rate": rate, "layer_decay": decay, "tried": tried}
+        first = self._finetuning(fraction, "scratch", self.seeds[0], best["scratch"])
         return {"fraction": fraction, "images": first.images, "steps": first.steps, **compared}
 
 

@@ -80,14 +80,15 @@ class ModelConfig(Section):
         return self
 
     def changed(self, settings: Mapping[str, Any]) -> "ModelConfig":
-        """This model with other settings; another backbone has its own figures, where they were not given.
+        """This model with other settings; another backbone has its own figures where this one has its own.
 
         Raises pydantic's ValidationError for what no model has.
         """
-        given = self.model_dump(exclude_unset=True)
+        given = self.model_dump()
         if settings.get("backbone", self.backbone) != self.backbone:
-            own = OWN.get(self.backbone, {})
-            given = {name: value for name, value in given.items() if own.get(name) != value}
+            defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
+            own = defaults | OWN.get(self.backbone, {})
+            given = {name: value for name, value in given.items() if own[name] != value}
         return ModelConfig.model_validate({**given, **settings})
 
     @property

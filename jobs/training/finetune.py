@@ -303,8 +303,9 @@ class Finetuner:
         def logits(inputs: tf.Tensor) -> tf.Tensor:
             # Of a frozen backbone they are features, and its statistics do not move.
             embeddings = inputs if frozen else backbone(inputs, training=True)
-            rank = 2**20 * self._workers.rank  # workers leave out different features
-            seed = tf.stack([self._start.seed + rank, tf.cast(optimizer.iterations, tf.int32)])
+            # Workers leave out different features.
+            own = (self._start.seed + 2**20 * self._workers.rank) % 2**31
+            seed = tf.stack([own, tf.cast(optimizer.iterations, tf.int32)])
             kept = tf.random.stateless_uniform(tf.shape(embeddings), seed) >= self._dropout
             return head(tf.where(kept, embeddings / (1 - self._dropout), 0.0), training=True)
 

@@ -270,7 +270,7 @@ def _memory(source: Path, place: list[str]) -> float:
                 f"finetune.labels_fraction={images / 24_500}",
                 "finetune.epochs=1",
                 "finetune.global_batch_size=200",
-                "model.width=4",
+                "model.width=8",
                 "model.stages=1",
                 f"tune.trials={slots}",
             )

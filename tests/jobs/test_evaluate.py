@@ -46,6 +46,7 @@ TINY = (
     "evaluate.steps=40",
     "evaluate.min_epochs=1",
     "evaluate.learning_rates=[1e-2]",
+    "evaluate.layer_decays=[1.0]",
     "evaluate.linear_penalties=[1e-2]",
 )
 
@@ -150,7 +151,7 @@ def test_both_starts_get_the_same_images_orders_and_steps(dead_run: Run, evaluat
     for cell in tried:
         arms[cell.arm].add((cell.fraction, cell.seed, cell.steps, str(cell.config), protocol.rows_of(cell).tobytes()))
     assert arms["pretrained"] == arms["scratch"]
-    recipe = load_recipe("quickstart", [*TINY, "finetune.layer_decay=0.5"])
+    recipe = load_recipe("quickstart", [*TINY, "evaluate.layer_decays=[0.5]"])
     spared = Protocol(Run(recipe, dead_run.profile, dead_run.directory, dead_run.progress)).pending()
     decays = {(cell.arm, cell.config.layer_decay) for cell in spared if isinstance(cell, Finetuning)}
     assert decays == {("pretrained", 0.5)}

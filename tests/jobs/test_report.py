@@ -271,7 +271,7 @@ def evaluation() -> dict[str, Any]:
             }
             entry[method] = compare(right)
         for arm in right:
-            entry["finetune"][arm]["learning_rate"] = 1e-3
+            entry["finetune"][arm] |= {"learning_rate": 1e-3, "layer_decay": 0.5 if arm == "pretrained" else 1.0}
         fractions.append(entry)
     return {"fractions": fractions, "verdict": overall(fractions, 0.02), "seeds": [0, 1, 2], "notes": ["<b>a note</b>"]}
 

@@ -1,5 +1,6 @@
 """A trial of fine-tuning: gone on with it ends as it would have ended; frozen features and folds are what they say."""
 
+import shutil
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,8 @@ import ray
 from numpy.typing import NDArray
 
 from tests.tuning.small import EPOCHS, objective
+from tuning.ledger import PROGRESS
+from tuning.population import milestone
 from tuning.slot import Epoch
 
 
@@ -58,6 +61,15 @@ def _frozen(directory: str) -> dict[str, Any]:
     return found
 
 
+def _succession(directory: str) -> tuple[list[Epoch], list[Epoch], bool]:
+    """A trial, and another one that goes on from its first epoch with its settings."""
+    made, parent, child = objective(milestones_every=1), Path(directory, "parent"), Path(directory, "child")
+    first = run(made, parent, learning_rate=0.05)
+    child.mkdir()
+    shutil.copy(milestone(parent, 1), child / PROGRESS)
+    return first, run(made, child, learning_rate=0.05), (child / "best.npz").exists()
+
+
 def remote(function: Any) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         return ray.get(ray.remote(num_cpus=1)(function).remote(directory))
@@ -65,14 +77,23 @@ def remote(function: Any) -> Any:
 
 def test_a_trial_that_was_cut_off_ends_as_it_would_have_ended(ray_cluster: None) -> None:
     for name, (whole, cut, left) in remote(_gone_on_with).items():
-        assert [epoch.number for epoch in cut] == [1, 2, 3], name
-        assert [epoch.value for epoch in cut] == [epoch.value for epoch in whole], name
+        # The last epoch is told once more: whoever saw to the trial may have died before it was recorded.
+        assert [epoch.number for epoch in cut] == [1, 1, 2, 3], name
+        assert cut[0].figures == cut[1].figures
+        assert [epoch.value for epoch in cut[1:]] == [epoch.value for epoch in whole], name
         assert [epoch.last for epoch in whole] == [False, False, True]
         assert whole[0].figures.keys() == {
             *("loss", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "log_loss", "ece")
         }
         # The weights of the best epoch are kept where there is one model.
         assert ("best.npz" in left) == (name == "one")
+
+
+def test_a_trial_that_goes_on_from_another_one_is_judged_by_its_own_epochs(ray_cluster: None) -> None:
+    parent, child, kept = remote(_succession)
+    assert [epoch.number for epoch in child] == [2, 3]
+    assert [epoch.value for epoch in child] == [epoch.value for epoch in parent[1:]]
+    assert kept
 
 
 def test_a_trial_that_learns_nothing_ends_before_its_time(ray_cluster: None) -> None:

@@ -13,23 +13,32 @@ from optuna.trial import TrialState
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from tests.tuning.small import EPOCHS, finetuning, material
-from tuning.config import Dimension, TuneConfig
+from tuning.config import TuneConfig
 from tuning.engine import Told, run_trials
 from tuning.ledger import Ledger, failures_of
 from tuning.slot import Limits
 from tuning.space import Space
 from tuning.storage import Storage
 
-SPACE = {"learning_rate": Dimension(low=1e-3, high=1e-1, log=True)}
+SPACE = {"learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}}
 
 
-def search(directory: Path, workers: int, tell: Any = lambda told: None) -> Ledger:
-    """Four trials on a cluster with room for exactly two of two workers."""
-    config = TuneConfig(trials=4, sampler="random", pruner="none", metric="log_loss", space=SPACE)
+def search(directory: Path, workers: int, tell: Any = lambda told: None, trials: int = 4, **limits: float) -> Ledger:
+    """On a cluster with room for exactly two trials of two workers."""
+    config = TuneConfig.model_validate(
+        {
+            "trials": trials,
+            "sampler": "random",
+            "pruner": "none",
+            "metric": "log_loss",
+            "space": SPACE,
+            "limits": limits,
+        }
+    )
     ledger = Ledger(
         Storage(f"sqlite:///{directory / 'study.db'}"),
         "workers",
-        Space(SPACE, FinetuneConfig(), ModelConfig()),
+        Space(config.space, FinetuneConfig(), ModelConfig()),
         config,
         seed=0,
         epochs=EPOCHS,
@@ -38,7 +47,7 @@ def search(directory: Path, workers: int, tell: Any = lambda told: None) -> Ledg
     process = {"CPU": 4 / (2 * workers)}
     run_trials(
         ledger,
-        finetuning([ray.put(material(norm="group"))], workers=workers),
+        finetuning([ray.put(material(norm="group"))], workers=workers, measure_costs=bool(limits), limits=limits),
         Limits(120, None),
         slots=2,
         resources=[{}, *[process] * workers] if workers > 1 else [process],
@@ -91,3 +100,10 @@ def test_trials_of_two_workers_do_what_those_of_one_do_and_go_on_after_a_loss(
     while workers_of_trials():
         assert time.monotonic() < deadline, "workers outlive the search"
         time.sleep(0.1)
+
+
+def test_a_model_above_a_limit_ends_a_trial_of_two_workers_before_it_trains(ray_cluster: None, tmp_path: Path) -> None:
+    (trial,) = search(tmp_path, 2, trials=1, size_mb=0.1).trials()
+    assert trial.state is TrialState.PRUNED
+    assert trial.user_attrs["ended"].endswith("the limit 0.1")
+    assert not trial.intermediate_values

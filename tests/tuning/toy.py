@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tuning.ledger import PROGRESS, milestone
+from tuning.ledger import PROGRESS
+from tuning.population import milestone
 from tuning.slot import Epoch, NotFinite
 
 EPOCHS = 9
