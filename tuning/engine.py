@@ -96,6 +96,8 @@ class _Bridge:
         """Unix time of each that runs."""
         self.failure: BaseException | None = None
         self.spent: str | None = None
+        self._recorded: set[tuple[int, int]] = set()
+        """(number, epoch) of each that was told."""
         self._looked = 0.0
         self._closed = False
 
@@ -157,6 +159,10 @@ class _Bridge:
             self._failed(trial_id, result["failure"], slot)
             return True
         self.ledger.busy_s += result["busy_s"]
+        if (number, epoch.number) in self._recorded:
+            # A trial that goes on after a loss tells its last epoch once more.
+            return False
+        self._recorded.add((number, epoch.number))
         hopeless = self.ledger.report(number, epoch.number, epoch.value, epoch.figures)
         outcome = "complete" if epoch.last else "pruned" if hopeless else "running"
         if outcome != "running":

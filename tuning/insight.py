@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 from jobs.charts import setting
 from jobs.evaluation.metrics import better, title, told
 from tuning.config import Dimension, TuneConfig
-from tuning.ledger import best_of, failures_of, params_of
+from tuning.ledger import Best, best_of, failures_of, params_of
 
 ENOUGH = 10
 """Trials below which nothing is said of importance or of ranges."""
@@ -100,6 +100,12 @@ def front_of(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[FrozenTr
     return sorted((finished[t.number] for t in study.best_trials), key=lambda trial: sign * trial.values[0])
 
 
+def winner_of(trials: Sequence[FrozenTrial], config: TuneConfig) -> Best | None:
+    """See `best_of`; of trials that are as good by the metric, the one that is of the front."""
+    front = front_of(trials, config)
+    return best_of(front[:1] or trials, config.metric)
+
+
 def _finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.state is TrialState.COMPLETE]
 
@@ -111,8 +117,7 @@ def settings_of(trial: FrozenTrial) -> str:
 
 def in_words(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
     """Sentences on a search."""
-    metric = config.metric
-    found = best_of(trials, metric)
+    metric, found = config.metric, winner_of(trials, config)
     if found is None:
         return ["No trial has reported a result."]
     best, epoch, value = found

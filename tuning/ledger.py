@@ -289,7 +289,7 @@ class Ledger:
                 given = self._space.near(params_of(trials[succession["parent"]]), seed)
             else:
                 # Given points are those of trials that go on from no other.
-                afresh = begun_afresh(trials[:number])
+                afresh = sum(SUCCEEDS not in trial.user_attrs for trial in trials[:number])
                 given = self._beginning(afresh, make_sampler(self.config, self._seed, number), self._space)
             if given:
                 database.set_trial_system_attr(identifier, "fixed_params", given)

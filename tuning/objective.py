@@ -124,14 +124,15 @@ class FinetuneObjective:
         finetune, model = split(params)
         config, metric = self._settings.base.model_copy(update=finetune), self._settings.metric
         shape, file, limits = self._shape(model, directory), directory / PROGRESS, self._settings.limits
-        members = shape.members
-        if too_much := [
+        members, reached = shape.members, _reached(shape.members, file)
+        too_much = [
             f"{name} is {shape.costs[name]:.3g}, the limit {limit:g}"
             for name, limit in limits.items()
             if shape.costs[name] > limit
-        ]:
+        ]
+        # What has trained before was below, as another slot has measured.
+        if too_much and not reached.values:
             raise TooCostly("; ".join(too_much), shape.costs)
-        reached = _reached(members, file)
         values, inherited = reached.values, reached.inherited
         if reached.figures is not None:
             # Whoever saw to it may have died before it was recorded.

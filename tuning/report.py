@@ -36,8 +36,8 @@ from jobs.charts import (
 from jobs.evaluation.metrics import title, told
 from jobs.report import figures, sheet_table, write_page
 from tuning.config import SCRATCH, TuneConfig
-from tuning.insight import comparable, front_of, importances, in_words, settings_of, study_of
-from tuning.ledger import best_of, failures_of
+from tuning.insight import comparable, front_of, importances, in_words, settings_of, study_of, winner_of
+from tuning.ledger import failures_of
 from tuning.search import history
 from tuning.storage import Storage, find_study, place_of
 
@@ -105,7 +105,7 @@ def _body(
 
 
 def _as_result(stage: str, trials: Sequence[FrozenTrial], config: TuneConfig) -> dict[str, Any]:
-    found = best_of(trials, config.metric)
+    found = winner_of(trials, config)
     best = None if found is None else {"number": found[0].number}
     initial = SCRATCH if stage == "baseline" else config.checkpoint
     return {"metric": config.metric, "initial": initial, "best": best, "history": history(trials)}

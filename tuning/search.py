@@ -29,8 +29,8 @@ from jobs.training.finetune import Start
 from tuning import first
 from tuning.config import SCRATCH, TuneConfig
 from tuning.engine import Told, run_trials
-from tuning.insight import front_of, settings_of
-from tuning.ledger import Ledger, best_of, failures_of, params_of
+from tuning.insight import front_of, settings_of, winner_of
+from tuning.ledger import Ledger, failures_of, params_of
 from tuning.objective import BEST, Finetuning, Material
 from tuning.population import SUCCEEDS
 from tuning.slot import Limits
@@ -82,12 +82,14 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
     began = time.monotonic()
     ended_by = _carry_out(what, ledger, material)
     seconds = round(time.monotonic() - began, 2)
-    if ledger.over:
-        for left in what.directory.glob("*/epoch-*.npz"):
-            left.unlink()
     if ended_by is not None:
         run.progress.say(f"  the search has ended early: {ended_by}")
-    return {**_summary(what, ledger), "ended_by": ended_by, "seconds": seconds}
+    summary = _summary(what, ledger)
+    if ledger.over:
+        for left in (*what.directory.glob("*/epoch-*.npz"), *what.directory.glob(f"*/{BEST}")):
+            if str(left) != summary["best"]["weights"]:
+                left.unlink()
+    return {**summary, "ended_by": ended_by, "seconds": seconds}
 
 
 def _open_study(what: _Search, storage: Storage) -> Ledger:
@@ -139,10 +141,13 @@ def _material(what: _Search) -> Material:
     """What all trials share. Raises HelioError where it is less than the workers of a trial can share."""
     run, folds = what.run, what.config.folds
     labelled, validation = labelled_subset(run), held_out(run, "validation")
-    if len(labelled.labels) // folds < run.profile.trials.workers_per_trial:
+    images, workers = len(labelled.labels), run.profile.trials.workers_per_trial
+    if folds > 1:
+        images = (images + len(validation.labels)) * (folds - 1) // folds
+    if images < workers:
         raise HelioError(
-            f"there are fewer labelled images ({len(labelled.labels)}) than workers of a trial: take fewer "
-            "(profile.trials.workers_per_trial), or more labels (finetune.labels_fraction)"
+            f"profile.trials.workers_per_trial must not exceed the labelled images of a training ({images}), got "
+            f"{workers}: take fewer workers, or more labels (finetune.labels_fraction)"
         )
     run.progress.say(f"  {len(labelled.labels):,} labelled images")
     return (
@@ -261,16 +266,14 @@ def _devices(resources: TrialResources) -> float:
 
 def _summary(what: _Search, ledger: Ledger) -> dict[str, Any]:
     """The stage's result, read from the study: states, each trial's curve, and the winner's full configuration."""
-    run, config, trials, found = what.run, what.config, ledger.trials(), ledger.best()
-    metric = config.metric
+    run, config, trials = what.run, what.config, ledger.trials()
+    metric, found, front = config.metric, winner_of(trials, config), front_of(trials, config)
     states = Counter(trial.state.name for trial in trials)
-    if found is None and (refused := [trial.user_attrs["ended"] for trial in trials if trial.constraints]):
-        raise HelioError(f"every model of the space is above a limit, the last one: {refused[-1]}: raise tune.limits")
+    if found is None and all(trial.constraints for trial in trials):
+        reason = trials[-1].user_attrs["ended"]
+        raise HelioError(f"every model that was tried is above a limit, the last one: {reason}: raise tune.limits")
     if found is None:
         raise HelioError(f"no trial of the search reported a result: see {run.directory / 'run.log'}")
-    if front := front_of(trials, config):
-        # Of several that are as good by the metric, the front has the one that costs less.
-        found = best_of(front[:1], metric) or found
     best, epochs, value = found
     params = params_of(best)
     run.progress.say(

@@ -36,7 +36,7 @@ class TrialTable:
         self.ledger, self._metric = ledger, metric
         self._rows: dict[int, _Row] = {}
         before = ledger.trials()
-        self.epochs = sum(len(trial.intermediate_values) for trial in before)
+        self._epochs = {(trial.number, epoch) for trial in before for epoch in trial.intermediate_values}
         self.trials = len(before)
         self.best: float | None = None
         self.without_gain = 0
@@ -58,7 +58,7 @@ class TrialTable:
         row = self._rows.setdefault(number, _Row(number, "running", 0, None, told.trial.params))
         row.outcome = told.outcome
         if told.epoch is not None:
-            self.epochs += 1
+            self._epochs.add((number, told.epoch.number))
             row.epochs = told.epoch.number
             row.best = self.ledger.better([told.epoch.value] if row.best is None else [told.epoch.value, row.best])
             self._see(number, directory, told.epoch.value)
@@ -70,7 +70,12 @@ class TrialTable:
                 self.best, self._kept = (found[2], Path(found[0].user_attrs["directory"])) if found else (None, None)
             (directory / PROGRESS).unlink(missing_ok=True)
             if directory != self._kept:
-                (directory / BEST).unlink(missing_ok=True)
+                self._discard(directory)
+
+    @property
+    def epochs(self) -> int:
+        """Of all trials so far."""
+        return len(self._epochs)
 
     def _see(self, number: int, directory: Path, value: float) -> None:
         if self.best is not None and self.ledger.better((self.best, value)) == self.best:
@@ -78,8 +83,13 @@ class TrialTable:
         self.best = value
         self._gained.add(number)
         if self._kept not in (None, directory):
-            (self._kept / BEST).unlink(missing_ok=True)
+            self._discard(self._kept)
         self._kept = directory
+
+    def _discard(self, directory: Path) -> None:
+        # A trial of a population cannot be trained again: all weights are kept until the winner is known.
+        if self.ledger.config.pruner != "pbt":
+            (directory / BEST).unlink(missing_ok=True)
 
     def _count(self, number: int) -> None:
         self.without_gain = 0 if number in self._gained else self.without_gain + 1

@@ -79,7 +79,8 @@ def test_a_search_that_is_interrupted_and_killed_loses_and_doubles_nothing(envir
     for before in (interrupted, killed):
         for trial in before:
             now = trials[trial.number]
-            assert now.params == trial.params
+            # It may have been killed while it drew them.
+            assert trial.params.items() <= now.params.items()
             assert not trial.state.is_finished() or now == trial
             assert trial.intermediate_values.items() <= now.intermediate_values.items()
     assert result["best"]["value"] == max(trial.value or 0.0 for trial in trials)

@@ -83,7 +83,8 @@ def searched(run: Run) -> None:
     config = run.recipe.section(FinetuneConfig).model_dump()
     starts = {"tune": run.require("pretrain")["checkpoint"], "baseline": "scratch"}
     for stage, initial in starts.items():
-        best = {"number": 0, "value": 0.5, "weights": None, "epochs": 4, "params": {}, "config": config}
+        best = {"number": 0, "value": 0.5, "weights": None, "retrainable": True, "epochs": 4, "params": {}}
+        best |= {"config": config, "model": run.recipe.section(ModelConfig).model_dump()}
         result = {"initial": initial, "study_name": stage, "best": best, "trials": 1, "states": {}, "history": []}
         write_json(run.directory / "stages" / f"{stage}.json", {"result": result, "seconds": 1.0})
 
