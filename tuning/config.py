@@ -182,6 +182,9 @@ class TuneConfig(Section):
         wanted = self.objective_names
         if len(set(wanted)) < len(wanted):
             raise ValueError(f"objectives must name each once, and metric is one, got {', '.join(wanted)}")
+        costs = [name for name in self.objectives if name in get_args(Cost)]
+        if costs and not any(name.startswith(MODEL) for name in self.space):
+            raise ValueError(f"objectives: {costs[0]} is the same for all trials where space holds no setting of model")
         if self.sampler == "cmaes" and (self.objectives or self.limits):
             raise ValueError("sampler cmaes takes one objective and no limits: use tpe, nsga2 or gp")
         if self.pruner == "pbt":
