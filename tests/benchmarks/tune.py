@@ -71,10 +71,10 @@ def _make_run(source: Path, place: list[str], *overrides: str) -> Any:
 
     settings = [
         f"data.source={source}",
-        "data.near_duplicates=off",
+        "data.near_duplicates=ignore",
         f"data.validation_fraction={HELD_OUT / 50_000}",
-        "data.test_fraction=0.5",
-        f"finetune.labels_fraction={LABELLED / 24_500}",
+        "data.test_fraction=0.49",
+        f"finetune.labels_fraction={LABELLED / 25_000}",
         f"finetune.epochs={EPOCHS}",
         *(f"model.{name}={value}" for name, value in MODEL.items()),
         f"tune.trials={TRIALS}",
@@ -267,7 +267,7 @@ def _memory(source: Path, place: list[str]) -> float:
                 [*place, f"profile.trials.concurrent={slots}", "profile.trials.cpus_per_trial=0.5"],
                 _space(SPACE),
                 f"data.image_size={size}",
-                f"finetune.labels_fraction={images / 24_500}",
+                f"finetune.labels_fraction={images / 25_000}",
                 "finetune.epochs=1",
                 "finetune.global_batch_size=200",
                 "model.width=8",
