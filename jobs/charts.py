@@ -191,6 +191,11 @@ def setting(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def settings(params: Mapping[str, object]) -> str:
+    """The searched parameters of a trial in few digits."""
+    return ", ".join(f"{name} {setting(value)}" for name, value in params.items())
+
+
 def confusion_chart(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Chart:
     """Rows are true classes, coloured by the share of the row; the counts stand in the cells, blank is 0."""
     counts = np.array(confusion)

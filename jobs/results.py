@@ -73,10 +73,9 @@ def _winner_and_endpoint(run: Run) -> Table | None:
     rows = []
     for search in searches(run).values():
         best = search["best"]
-        settings = ", ".join(f"{key} {charts.setting(value)}" for key, value in best["params"].items())
         rank = f"trial {best['number']}, the best of {search['trials']}"
         value = f"validation {title(search['metric'])} {told(search['metric'], best['value'])}"
-        text = f"{rank}: {value} after {best['epochs']} epochs with {settings}"
+        text = f"{rank}: {value} after {best['epochs']} epochs with {charts.settings(best['params'])}"
         rows.append((f"winner, {charts.search_name(search)}", text))
     if export:
         model = f"{export['model']} version {export['version']} ({alias(export)})"

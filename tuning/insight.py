@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from jobs.charts import setting
+from jobs.charts import setting, settings
 from jobs.evaluation.metrics import better, title, told
 from tuning.config import Dimension, TuneConfig
 from tuning.ledger import Best, best_of, failures_of, params_of
@@ -112,7 +112,7 @@ def _finished(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 def settings_of(trial: FrozenTrial) -> str:
     """The settings of a trial for a reader."""
-    return ", ".join(f"{name} {setting(value)}" for name, value in params_of(trial).items())
+    return settings(params_of(trial))
 
 
 def in_words(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:

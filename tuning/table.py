@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from jobs.charts import setting
+from jobs.charts import settings
 from jobs.evaluation.metrics import Metric, title
 from jobs.evaluation.metrics import told as shown
 from tuning.engine import Told
@@ -116,6 +116,5 @@ class TrialTable:
         rows = sorted(self._rows.values(), key=lambda row: (row.outcome in ENDS, -row.number))
         for row in rows[:ROWS]:
             best = "" if row.best is None else shown(self._metric, row.best)
-            settings = ", ".join(f"{name} {setting(value)}" for name, value in row.params.items())
-            table.add_row(str(row.number), row.outcome, str(row.epochs), best, settings)
+            table.add_row(str(row.number), row.outcome, str(row.epochs), best, settings(row.params))
         return table

@@ -109,8 +109,7 @@ def run_cell(
 
     set_up_tensorflow(threads, gpus)
     material: Material = ray.get(shared[0])
-    train, places = material.train, np.searchsorted(material.rows, rows)
-    labelled = LabelledImages(train.images[places], train.labels[places], [train.ids[place] for place in places])
+    labelled = material.train.take(np.searchsorted(material.rows, rows))
     started = time.monotonic()
     if isinstance(cell, Finetuning):
         result = _finetune(cell, labelled, material, lambda share: events.put.remote({"key": key, "share": share}))
