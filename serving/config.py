@@ -22,9 +22,15 @@ class ServeConfig(Section):
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests that wait for one replica; past it the answer is 503."""
     max_batch_size: int = Field(default=16, ge=1)
-    batch_wait_timeout_s: float = Field(default=0.002, ge=0)
-    """How long a batch waits for company."""
+    batch_wait_timeout_s: float = Field(default=0.0, ge=0)
+    """How long a batch that is not full waits for company; 0: what waits while the model works is its next batch."""
     max_request_bytes: int = Field(default=20 * 2**20, ge=1024)
+    max_images: int = Field(default=64, ge=1)
+    """Images in one request."""
+    max_pixels: int = Field(default=50_000_000, ge=1, le=100_000_000)
+    """Height times width of an image as it is sent."""
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """How long a request may take, also to arrive; past it the answer is 504, or 408 for one that never came whole."""
     top_k: int = Field(default=5, ge=1)
     """Labels in an answer."""
     check_images: int = Field(default=50, ge=1)

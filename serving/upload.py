@@ -1,14 +1,18 @@
 """The image in a request, and what is refused before a model sees it.
 
-A request carries one image: as the multipart field `file`, or as its whole body. Every refusal is answered in JSON,
-`{"error": {"code", "message"}}`, with a message that says what to do.
+A request carries one image as the multipart field `file`, as its whole body or as base64 in JSON, or several as
+repeated fields or in JSON. Every refusal is answered in JSON, `{"error": {"code", "message"}}`, with a message that
+says what to do.
 """
 
 import asyncio
+import base64
 import json
 import os
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,27 +38,77 @@ def error_document(code: str, message: str) -> dict[str, dict[str, str]]:
     return {"error": {"code": code, "message": message}}
 
 
-async def read_image(request: Request) -> bytes:
-    """The encoded image that a request carries. Raises Refusal: 400 where there is none, 415 for another type."""
+@dataclass(frozen=True)
+class Upload:
+    """The encoded images of a request."""
+
+    images: list[bytes]
+    many: bool
+    """Whether they came as several, which one alone may be, too: the answer has the same form then."""
+
+
+async def read_images(request: Request, most: int) -> Upload:
+    """What a request carries. Raises Refusal: 400 where there is nothing, 413 for too much, 415 for another type, 422
+    for JSON that says something else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        async with request.form(max_files=1, max_fields=16) as form:
-            file = form.get("file")
-            data = await file.read() if isinstance(file, UploadFile) else b""
+        upload = await _from_form(request, most)
+    elif kind == "application/json":
+        upload = _from_json(await request.body())
     elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
-        data = await request.body()
+        upload = Upload([await request.body()], many=False)
     else:
         raise Refusal(
             415,
             "unsupported_content_type",
-            f"the content type {kind} is not read: send the multipart field `file`, or the image as the body with "
-            "an image/* content type or application/octet-stream",
+            f"the content type {kind} is not read: send the multipart field `file`, the image as the body with an "
+            'image/* content type or application/octet-stream, or JSON {"image": base64}',
         )
-    if not data:
+    if len(upload.images) > most:
+        raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
+    if not upload.images or not (upload.many or upload.images[0]):
         raise Refusal(
             400, "no_image", "the request carries no image: send one in the multipart field `file` or as the body"
         )
-    return data
+    return upload
+
+
+async def _from_form(request: Request, most: int) -> Upload:
+    try:
+        # One more, so that it is told apart from a form that is no form.
+        async with request.form(max_files=most + 1, max_fields=16) as form:
+            files = [await file.read() for file in form.getlist("file") if isinstance(file, UploadFile)]
+    except HTTPException as error:
+        if "Too many files" in str(error.detail):
+            raise Refusal(
+                413, "too_many_images", f"the request has more than the {most} images that are read: send fewer"
+            ) from None
+        raise
+    return Upload(files, many=len(files) > 1)
+
+
+def _from_json(body: bytes) -> Upload:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refusal(400, "bad_request", 'the body is not JSON: send {"image": base64}') from None
+    if not isinstance(document, dict) or len(document) != 1 or not document.keys() <= {"image", "images"}:
+        raise Refusal(422, "bad_request", 'the JSON must be {"image": base64} or {"images": [base64, ...]}')
+    if "image" in document:
+        return Upload([_decoded(document["image"], "image")], many=False)
+    found = document["images"]
+    if not isinstance(found, list):
+        raise Refusal(422, "bad_request", "images must be a list of base64 strings")
+    return Upload([_decoded(image, f"images[{place}]") for place, image in enumerate(found)], many=True)
+
+
+def _decoded(text: object, place: str) -> bytes:
+    try:
+        if isinstance(text, str):
+            return base64.b64decode(text, validate=True)
+    except ValueError:
+        pass
+    raise Refusal(422, "bad_request", f"{place} must be a base64 string of an encoded image")
 
 
 class RequestGate:
@@ -98,6 +152,8 @@ class RequestGate:
                 started = True
                 await send(message)
 
+        # Serve would watch each connection with a task of its own; who has gone is noticed when it is read or written.
+        scope["headers"] = [*scope["headers"], (b"x-request-disconnect-disabled", b"?1")]
         await self._app(scope, limited_receive, _overload_in_json(limited_send))
 
     async def _refuse(self, receive: Receive, send: Send) -> None:

@@ -34,6 +34,7 @@ LIMITS = {
     # A lone image waits this long for a batch to fill, which makes the model slow enough to be overloaded.
     "batch_wait_timeout_s": 0.05,
     "max_request_bytes": 100_000,
+    "max_images": 32,
     "top_k": 3,
     "check_images": 6,
 }

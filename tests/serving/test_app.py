@@ -1,6 +1,8 @@
 """One real endpoint, asked over HTTP."""
 
+import base64
 import concurrent.futures
+import json
 import re
 import struct
 import time
@@ -15,7 +17,7 @@ import requests
 
 from jobs.data.decode import decode_image
 from jobs.registry import ModelVersion
-from serving.app import NAME, batch_sizes
+from serving.app import NAME
 from serving.client import Client
 from tests.serving.conftest import CLASSES, IMAGE_SIZE, picture
 
@@ -87,6 +89,80 @@ def test_multipart_and_plain_body_agree(url: str) -> None:
     assert plain.json()["request_id"] == plain.headers["x-request-id"] != form.json()["request_id"]
 
 
+def test_json_carries_one_image_or_several(url: str) -> None:
+    images = [picture(seed) for seed in range(3)]
+    coded = [base64.b64encode(image).decode() for image in images]
+    expected = [post(url, data=image).json()["predictions"] for image in images]
+    assert post(url, json={"image": coded[0]}).json()["predictions"] == expected[0]
+    for response in (
+        post(url, json={"images": coded}),
+        post(url, files=[("file", (f"{place}.png", image)) for place, image in enumerate(images)]),
+    ):
+        for result, predictions in zip(response.json()["results"], expected, strict=True):
+            assert [p["label"] for p in result["predictions"]] == [p["label"] for p in predictions]
+            assert [p["probability"] for p in result["predictions"]] == pytest.approx(
+                [p["probability"] for p in predictions], abs=1e-5
+            )
+
+
+def test_one_bad_image_among_several_costs_the_others_nothing(url: str) -> None:
+    bodies = [picture(1), b"no image", picture(2)]
+    coded = [base64.b64encode(body).decode() for body in bodies]
+    results = post(url, json={"images": coded}).json()["results"]
+    assert ["predictions" in result for result in results] == [True, False, True]
+    assert results[1]["error"]["code"] == "not_an_image"
+
+
+def test_many_images_are_streamed_a_line_each(url: str, version: ModelVersion) -> None:
+    coded = [base64.b64encode(picture(seed)).decode() for seed in range(20)]
+    whole = post(url, json={"images": coded}).json()["results"]
+    response = post(url, json={"images": coded}, headers={"Accept": "application/x-ndjson"}, stream=True)
+    assert response.headers["content-type"].startswith("application/x-ndjson")
+    lines = [json.loads(line) for line in response.iter_lines()]
+    assert sorted(line["image"] for line in lines) == list(range(20))
+    assert {line["request_id"] for line in lines} == {response.headers["x-request-id"]}
+    assert lines[0]["model"]["digest"] == version.digest
+    for line in lines:
+        assert line["predictions"][0]["label"] == whole[line["image"]]["predictions"][0]["label"]
+
+
+def test_the_answer_holds_what_is_asked_for(url: str, direct: Any) -> None:
+    answer = requests.post(f"{url}/v1/predict?top_k=2&embedding=true", data=picture(1), timeout=30).json()
+    assert len(answer["predictions"]) == 2 and "probabilities" not in answer
+    assert len(answer["embedding"]) == 16
+    for query in ("top_k=0", "top_k=5", "top_k=two", "embedding=maybe"):
+        refused = requests.post(f"{url}/v1/predict?{query}", data=picture(1), timeout=30)
+        assert error_of(refused) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("document", "status"),
+    [
+        ({}, 422),
+        ([], 422),
+        ({"image": "not base64!"}, 422),
+        ({"image": 7}, 422),
+        ({"images": "abc"}, 422),
+        ({"images": []}, 400),
+        ({"image": ""}, 400),
+        ({"image": "", "images": []}, 422),
+        ({"url": "http://127.0.0.1/cat.png"}, 422),
+        ({"images": ["aGk="] * 33}, 413),
+    ],
+)
+def test_json_that_says_something_else_is_refused(url: str, document: object, status: int) -> None:
+    assert error_of(post(url, json=document))[0] == status
+
+
+def test_a_body_that_is_no_json_is_refused(url: str) -> None:
+    for body in (b"{", b"\xff", b"[" * 100_000):
+        assert error_of(post(url, data=body, headers={"Content-Type": "application/json"}))[0] in (400, 413)
+
+
+def test_more_files_than_are_read_are_refused(url: str) -> None:
+    assert error_of(post(url, files=[("file", ("a.png", picture(1)))] * 60))[0] == 413
+
+
 def test_many_at_once_are_each_answered_with_their_own_image(url: str, direct: Any) -> None:
     images = [picture(seed) for seed in range(24)]
     expected = ray.get(direct.predict.remote(images))
@@ -127,7 +203,7 @@ def test_a_request_without_an_image_is_a_bad_request(url: str, request_: dict[st
         ({"data": b"no image", "headers": {"Content-Type": "image/png"}}, "not_an_image"),
         ({"data": picture(1)[:60], "headers": {"Content-Type": "image/png"}}, "not_an_image"),
         ({"data": picture(2, suffix=".jpg")[:-60], "headers": {"Content-Type": "image/jpeg"}}, "not_an_image"),
-        ({"json": {"image": "cat.png"}}, "unsupported_content_type"),
+        ({"data": b"<image/>", "headers": {"Content-Type": "text/xml"}}, "unsupported_content_type"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(url: str, request_: dict[str, Any], code: str) -> None:
@@ -183,9 +259,3 @@ def replicas() -> int:
 
     states = serve.status().applications[NAME].deployments["Predictor"].replica_states
     return int({str(getattr(k, "value", k)): count for k, count in states.items()}.get("RUNNING", 0))
-
-
-def test_batches_are_padded_to_few_sizes() -> None:
-    assert batch_sizes(1) == [1]
-    assert batch_sizes(6) == [1, 2, 4, 6]
-    assert batch_sizes(16) == [1, 2, 4, 8, 16]

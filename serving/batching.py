@@ -1,0 +1,174 @@
+"""Single images become batches: whatever waits when the model is free is its next batch.
+
+A lone request is answered at once, and under load batches grow by themselves while the model works on the one before.
+Batches are padded to a handful of sizes, each of which has run once before the first request.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.data.decode import Pixels
+
+PADDED_FROM = 0.75
+"""Of a batch's size; a model on CPUs takes as long for padding as for images."""
+T = TypeVar("T")
+Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Probabilities [n, classes] and embeddings [n, dimension]."""
+
+
+@dataclass
+class Answer:
+    """What the model says of one image, and what that took."""
+
+    probabilities: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+    wait_s: float
+    """From the call until its batch began."""
+    model_s: float
+    """Of the whole batch."""
+    batch: int
+    """Images in it, without padding."""
+
+
+@dataclass
+class _Item:
+    work: Pixels | Callable[[], Any]
+    """An image, or something else that has to be done in the model's thread."""
+    at: float
+    answer: asyncio.Future[Any]
+
+
+class Batcher:
+    """Runs a model in a thread of its own, one batch at a time. All calls come from one event loop."""
+
+    def __init__(
+        self,
+        run: Callable[[Pixels], Outputs],
+        shape: Sequence[int],
+        max_batch_size: int,
+        wait_s: float = 0.0,
+    ) -> None:
+        """`run` answers uint8 [n, *shape]; a batch that is not full waits up to `wait_s` for company."""
+        self._run, self._wait_s, self._largest = run, wait_s, max_batch_size
+        self._buffers = {size: np.zeros((size, *shape), np.uint8) for size in batch_sizes(max_batch_size)}
+        for buffer in self._buffers.values():
+            run(buffer)
+        self._waiting: deque[_Item] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
+
+    async def ask(self, image: Pixels) -> Answer:
+        """The answer for one image, uint8 [*shape]. An exception of the model is raised here."""
+        answer: Answer = await self._put(image)
+        return answer
+
+    async def alone(self, work: Callable[[], T]) -> T:
+        """The result of `work`, called in the model's thread between two batches."""
+        result: T = await self._put(work)
+        return result
+
+    def close(self) -> None:
+        """Answer what waits, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Images that no batch has taken yet."""
+        return len(self._waiting)
+
+    def _put(self, work: Any) -> asyncio.Future[Any]:
+        item = _Item(work, time.perf_counter(), asyncio.get_running_loop().create_future())
+        with self._changed:
+            self._waiting.append(item)
+            self._changed.notify()
+        return item.answer
+
+    def _work(self) -> None:
+        while items := self._take():
+            loop = items[0].answer.get_loop()
+            try:
+                found = [items[0].work()] if callable(items[0].work) else self._answers(items)
+                loop.call_soon_threadsafe(_deliver, items, found)
+            except Exception as error:
+                loop.call_soon_threadsafe(_fail, items, error)
+
+    def _take(self) -> list[_Item]:
+        """The next batch, or one piece of other work; empty once there is nothing left and the batcher is closed."""
+        with self._changed:
+            while True:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if not self._waiting:
+                    return []
+                until = self._waiting[0].at + self._wait_s
+                while len(self._waiting) < self._largest and (left := until - time.perf_counter()) > 0:
+                    self._changed.wait(left)
+                if items := self._first():
+                    return items
+
+    def _first(self) -> list[_Item]:
+        """What waits longest and goes together, without those whose askers have gone."""
+        items: list[_Item] = []
+        most = batch_of(len(self._waiting), list(self._buffers))
+        while self._waiting and len(items) < most:
+            if callable(self._waiting[0].work) and items:
+                break
+            item = self._waiting.popleft()
+            if not item.answer.cancelled():
+                items.append(item)
+                if callable(item.work):
+                    break
+        return items
+
+    def _answers(self, items: list[_Item]) -> list[Answer]:
+        count = len(items)
+        buffer = self._buffers[next(size for size in self._buffers if size >= count)]
+        for row, item in enumerate(items):
+            buffer[row] = item.work
+        began = time.perf_counter()
+        probabilities, embeddings = self._run(buffer)
+        took = time.perf_counter() - began
+        return [
+            Answer(probabilities[row], embeddings[row], began - item.at, took, count) for row, item in enumerate(items)
+        ]
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The sizes that batches are padded to: the powers of two below `largest`, and itself.
+
+    A model then meets a handful of shapes, each of which has been compiled or planned before the first request.
+    """
+    return [*(2**power for power in range((largest - 1).bit_length())), largest]
+
+
+def batch_of(waiting: int, sizes: Sequence[int]) -> int:
+    """How many of those that wait are taken: all that fit, but never so few that padding would be a quarter of it."""
+    larger = next((size for size in sizes if size >= waiting), sizes[-1])
+    if waiting > PADDED_FROM * larger:
+        return min(waiting, larger)
+    return max(size for size in sizes if size <= waiting)
+
+
+def _deliver(items: list[_Item], found: list[Any]) -> None:
+    for item, one in zip(items, found, strict=True):
+        if not item.answer.done():
+            item.answer.set_result(one)
+
+
+def _fail(items: list[_Item], error: Exception) -> None:
+    for item in items:
+        if not item.answer.done():
+            item.answer.set_exception(error)

@@ -1,0 +1,99 @@
+"""A bundle in memory that answers images one by one, and says how long each stage took."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.bundle import Bundle
+from jobs.data.decode import DecodeError, Pixels, decode_to_size
+from jobs.registry import ModelVersion
+from serving.batching import Answer, Batcher
+from serving.upload import Refusal
+
+INLINE_BYTES = 32_768
+"""Encoded images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an answer is to hold."""
+
+    top_k: int
+    probabilities: bool = False
+    embedding: bool = False
+    heat_map: bool = False
+
+
+class Served:
+    """One version of a model, loaded and warm."""
+
+    def __init__(self, version: ModelVersion, max_batch_size: int, wait_s: float, decoders: ThreadPoolExecutor) -> None:
+        """Raises CheckpointError when the bundle is not the registered one."""
+        began = time.perf_counter()
+        self.bundle: Bundle = version.open()
+        self.identity = {"name": version.model, "version": version.version, "digest": version.digest}
+        self.size, self.classes = self.bundle.image_size, self.bundle.classes
+        self._loaded, self._decoders = self.bundle.load(), decoders
+        self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s)
+        self.load_s = time.perf_counter() - began
+
+    async def decode(self, image: bytes) -> Pixels:
+        """The pixels that the model sees. Raises Refusal for what is no image."""
+        try:
+            if len(image) <= INLINE_BYTES:
+                return decode_to_size(image, self.size)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._decoders, decode_to_size, image, self.size)
+        except DecodeError as error:
+            raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
+
+    async def ask(self, pixels: Pixels) -> Answer:
+        """What the model says of uint8 [size, size, 3]."""
+        return await self._batcher.ask(pixels)
+
+    async def check(self) -> None:
+        """Raises what the model raises, where it no longer answers."""
+        await self._batcher.ask(np.zeros((self.size, self.size, 3), np.uint8))
+
+    async def describe(self, answer: Answer, pixels: Pixels, options: Options) -> dict[str, Any]:
+        """An answer as JSON."""
+        scores = answer.probabilities
+        best = top(scores, options.top_k)
+        told: dict[str, Any] = {
+            "predictions": [{"label": self.classes[place], "probability": float(scores[place])} for place in best]
+        }
+        if options.probabilities:
+            told["probabilities"] = dict(zip(self.classes, scores.tolist(), strict=True))
+        if options.embedding:
+            told["embedding"] = answer.embedding.tolist()
+        if options.heat_map:
+            told["heat_map"] = (await self._heat_map(pixels, int(best[0]))).round(3).tolist()
+        return told
+
+    async def _heat_map(self, pixels: Pixels, label: int) -> NDArray[np.float32]:
+        if not self._loaded.explains:
+            raise Refusal(400, "no_heat_map", "this model has no heat map: ask without heat_map, or export it again")
+        maps = await self._batcher.alone(lambda: self._loaded.heat_map(pixels[np.newaxis], [label]))
+        found: NDArray[np.float32] = maps[0]
+        return found
+
+    def close(self) -> None:
+        """Let what waits be answered, and give the model's thread back."""
+        self._batcher.close()
+
+    @property
+    def waiting(self) -> int:
+        """Images that no batch has taken yet."""
+        return self._batcher.waiting
+
+
+def top(scores: NDArray[np.float32], count: int) -> Sequence[int]:
+    """Places of the largest scores, the largest first, the first one first where they tie."""
+    found: Sequence[int] = np.argsort(-scores, kind="stable")[:count].tolist()
+    return found

@@ -1,0 +1,340 @@
+"""The endpoint against the model called directly, against LitServe and against plain FastAPI.
+
+    make bench-serve
+    python -m tests.benchmarks.serve light | resnet | where
+
+Two models with random weights: a light one (some 0.5 ms an image of 32 px), where the framework is the cost, and a
+ResNet-18 at 160 px, where the model is. Whoever answers has two processes with one TensorFlow thread each, decodes the
+same JPEG with the same function and answers five labels in JSON. The load is wrk's (closed loop: 1, 8 and 32
+connections), and at a fixed rate below what the slowest can do (open loop) of a generator of our own. The limit is the
+bundle called in two processes with whole batches of decoded images: no HTTP, no decoding. The peers stand in
+`tests/serving_peers.py`; each is started with all its settings listed there, and its best counts.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.measure import run_benchmark
+from tests.serving_peers import SETTINGS
+
+ROUNDS = int(os.environ.get("ROUNDS", "3"))
+MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
+    "light": (32, {"backbone": "convnet", "width": 16, "stages": 3}, 32),
+    "resnet": (160, {"backbone": "resnet18", "stem_stride": 4}, 16),
+}
+"""Image size, recipe section, and the largest batch."""
+CONNECTIONS = (1, 8, 32)
+MEASURED_S, WARM_UP_S = 6, 3
+PROCESSES = 2
+TYPES = {"raw": "application/octet-stream", "json": "application/json"}
+"""LitServe reads JSON alone: it gets the image as base64; the others get its bytes."""
+OPEN_LOOP_SHARE = 0.6
+"""Of the slowest one's throughput."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a load generator saw."""
+
+    per_s: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+
+def main() -> None:
+    """Run everything and print the ratios."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("this benchmark needs wrk: apt-get install wrk")
+    run_benchmark(_measure)
+
+
+def _measure(scratch: Path) -> dict[str, Any]:
+    wanted = sys.argv[1:] or ["light", "resnet"]
+    results: dict[str, Any] = {}
+    for name in wanted:
+        results |= _compare(name, scratch)
+    return results
+
+
+def _compare(name: str, scratch: Path) -> dict[str, Any]:
+    size, _, _ = MODELS[name]
+    bundle, image = scratch / name, scratch / f"{name}.jpg"
+    subprocess.run([sys.executable, "-m", __name__, "write", name, str(bundle), str(image)], check=True)
+    bodies = {"raw": image.read_bytes(), "json": json.dumps({"image": b64encode(image.read_bytes()).decode()}).encode()}
+    scripts = {kind: scratch / f"{name}-{kind}.lua" for kind in bodies}
+    for kind, body in bodies.items():
+        (scratch / f"{name}-{kind}.body").write_bytes(body)
+        scripts[kind].write_text(_LUA.format(body=scratch / f"{name}-{kind}.body", type=TYPES[kind]))
+    limit = _direct(bundle, MODELS[name][2])
+    print(f"{name}, {size} px: called directly in batches {limit:,.1f} images/s", flush=True)
+    found: dict[str, dict[int, list[Load]]] = {}
+    for who in ["helio", *SETTINGS]:
+        with _serving(who, bundle, name, scratch) as url:
+            found[who] = {n: [_wrk(url, scripts[_kind(who)], n) for _ in range(ROUNDS)] for n in CONNECTIONS}
+            _show(who, found[who], limit)
+    slowest = min(_rate(loads[max(CONNECTIONS)]) for loads in found.values())
+    rate = OPEN_LOOP_SHARE * slowest
+    opened: dict[str, Load] = {}
+    for who in ["helio", *SETTINGS]:
+        with _serving(who, bundle, name, scratch) as url:
+            opened[who] = asyncio.run(_open_loop(url, bodies[_kind(who)], TYPES[_kind(who)], rate))
+            load = opened[who]
+            print(f"  open loop, {rate:,.0f}/s: {who:28} p50 {load.p50_ms:7.1f} ms, p99 {load.p99_ms:7.1f} ms")
+    return _ratios(name, found, opened, limit)
+
+
+def _ratios(
+    name: str, found: dict[str, dict[int, list[Load]]], opened: dict[str, Load], limit: float
+) -> dict[str, Any]:
+    most = max(CONNECTIONS)
+    ours = found["helio"][most]
+    if name == "resnet":
+        return {"resnet_vs_direct": round(_rate(ours) / limit, 3)}
+    results: dict[str, Any] = {}
+    for peer in ("fastapi", "litserve"):
+        best = max((who for who in found if who.startswith(peer)), key=lambda who: _rate(found[who][most]))
+        theirs = found[best][most]
+        each = sorted(a.per_s / b.per_s for a, b in zip(ours, theirs, strict=True))
+        print(f"{name} against {best}: {each[0]:.2f} to {each[-1]:.2f} in {ROUNDS} rounds")
+        results[f"light_vs_{peer}"] = round(_rate(ours) / _rate(theirs), 3)
+        results[f"p99_vs_{peer}"] = round(_p99(ours) / _p99(theirs), 3)
+        results[f"open_p99_vs_{peer}"] = round(opened["helio"].p99_ms / opened[best].p99_ms, 3)
+    return results
+
+
+def _kind(who: str) -> str:
+    return "json" if who.startswith("litserve") else "raw"
+
+
+def _rate(loads: list[Load]) -> float:
+    return statistics.median(load.per_s for load in loads)
+
+
+def _p99(loads: list[Load]) -> float:
+    return statistics.median(load.p99_ms for load in loads)
+
+
+def _show(who: str, loads: dict[int, list[Load]], limit: float) -> None:
+    for connections, each in loads.items():
+        errors = sum(load.errors for load in each)
+        print(
+            f"  {who:28} {connections:2} connections: {_rate(each):8,.1f}/s ({_rate(each) / limit:.2f} of the limit), "
+            f"p50 {statistics.median(load.p50_ms for load in each):7.1f} ms, p99 {_p99(each):7.1f} ms"
+            + (f", {errors} errors" if errors else ""),
+            flush=True,
+        )
+
+
+# --- the limit ---
+
+
+def _direct(bundle: Path, batch: int) -> float:
+    """Images per second of the bundle in as many processes as answer, in whole batches."""
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        # The first call of each loads and warms.
+        list(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [0.5] * PROCESSES))
+        rates = [
+            sum(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [MEASURED_S] * PROCESSES))
+            for _ in range(ROUNDS)
+        ]
+    return statistics.median(rates)
+
+
+_LOADED: dict[str, Any] = {}
+
+
+def _call_directly(bundle: str, batch: int, seconds: float) -> float:
+    import numpy as np
+
+    from jobs.bundle import Bundle
+    from jobs.training.device import set_up_tensorflow
+
+    if bundle not in _LOADED:
+        set_up_tensorflow(1, 0)
+        _LOADED[bundle] = Bundle.open(bundle).load()
+    loaded = _LOADED[bundle]
+    size = loaded.bundle.image_size
+    images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
+    loaded.predict_pixels(images)
+    done, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        loaded.predict_pixels(images)
+        done += batch
+    return done / (time.perf_counter() - began)
+
+
+# --- who answers ---
+
+
+@contextlib.contextmanager
+def _serving(who: str, bundle: Path, name: str, scratch: Path) -> Iterator[str]:
+    from cluster.session import free_ports
+
+    port = free_ports(1)[0]
+    command = [sys.executable, "-m"]
+    if who == "helio":
+        command += [__name__, "serve", name, str(bundle), str(port), str(scratch / "storage")]
+    else:
+        command += ["tests.serving_peers", who, str(bundle), str(port), str(MODELS[name][2])]
+    with (scratch / f"{who.split()[0]}.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/v1/predict"
+    try:
+        _wait(url, process)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    import requests
+
+    deadline = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(requests.RequestException):
+            # The application itself refuses a GET; a proxy without one knows no such path.
+            if requests.get(url, timeout=5).status_code == 405:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{url} does not come up")
+        time.sleep(0.2)
+
+
+def serve(name: str, bundle: str, port: str, storage: str) -> None:
+    """helio's endpoint, until SIGTERM."""
+    import signal
+
+    from cluster.profile import load_profile
+    from cluster.session import ray_session
+    from jobs.bundle import Bundle
+    from jobs.registry import ModelVersion
+    from serving.config import ServeConfig
+    from serving.deploy import endpoint
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    config = ServeConfig(port=int(port), min_replicas=PROCESSES, max_replicas=PROCESSES, max_batch_size=MODELS[name][2])
+    overrides = ["profile.replicas.threads=1", "profile.replicas.cpus=1", "profile.num_cpus=3"]
+    profile = load_profile("local", [*overrides, f"profile.storage={storage}"])
+    found = Bundle.open(bundle)
+    version = ModelVersion(name, "1", found.directory, found.digest)
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        ray_session(profile, ["deploy"]),
+        endpoint(profile, config, version),
+    ):
+        signal.pause()
+
+
+def write(name: str, bundle: str, image: str) -> None:
+    """The bundle of a model with random weights, and a JPEG of its size."""
+    import cv2
+    import keras
+    import numpy as np
+
+    from jobs.bundle import write_bundle
+    from jobs.model.backbone import build_backbone
+    from jobs.model.config import ModelConfig
+    from jobs.training.device import set_up_tensorflow
+
+    set_up_tensorflow(1, 0)
+    size, section, _ = MODELS[name]
+    backbone = build_backbone(ModelConfig.model_validate(section), size, 0)
+    head = keras.Sequential([keras.Input((backbone.output_shape[-1],)), keras.layers.Dense(10, dtype="float32")])
+    write_bundle(Path(bundle), backbone, head, size, {"name": name, "classes": [f"class {n}" for n in range(10)]})
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    cv2.imwrite(image, cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC))
+
+
+# --- the load ---
+
+_LUA = """
+local file = io.open("{body}", "rb")
+wrk.method, wrk.body = "POST", file:read("*a")
+wrk.headers["Content-Type"] = "{type}"
+function done(summary, latency, requests)
+    local e = summary.errors
+    io.write(string.format("found %f %f %f %d\\n", summary.requests / summary.duration * 1e6,
+        latency:percentile(50) / 1000, latency:percentile(99) / 1000, e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+def _wrk(url: str, script: Path, connections: int) -> Load:
+    def run(seconds: int) -> str:
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(script), url]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    run(WARM_UP_S)
+    line = re.search(r"^found (\S+) (\S+) (\S+) (\d+)$", run(MEASURED_S), re.MULTILINE)
+    assert line is not None
+    return Load(float(line[1]), float(line[2]), float(line[3]), int(line[4]))
+
+
+async def _open_loop(url: str, body: bytes, content_type: str, rate: float) -> Load:
+    """Requests at a fixed rate, whoever is slow or not; latency counts from when each was due."""
+    host, port = re.findall(r"//(.+):(\d+)/", url)[0]
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: {host}\r\nContent-Type: {content_type}\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    idle: asyncio.LifoQueue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.LifoQueue()
+    latencies: list[float] = []
+    errors = 0
+
+    async def ask(due: float) -> None:
+        nonlocal errors
+        try:
+            reader, writer = idle.get_nowait()
+        except asyncio.QueueEmpty:
+            reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", answer, re.IGNORECASE)
+        assert length is not None
+        await reader.readexactly(int(length[1]))
+        errors += b" 200 " not in answer[:20]
+        latencies.append(1000 * (time.perf_counter() - due))
+        idle.put_nowait((reader, writer))
+
+    began, tasks = time.perf_counter(), []
+    total = int(rate * (WARM_UP_S + 2 * MEASURED_S))
+    for number in range(total):
+        due = began + number / rate
+        if (left := due - time.perf_counter()) > 0:
+            await asyncio.sleep(left)
+        tasks.append(asyncio.create_task(ask(due)))
+    await asyncio.gather(*tasks)
+    measured = sorted(latencies[int(rate * WARM_UP_S) :])
+    p50, p99 = (measured[int(share * len(measured))] for share in (0.5, 0.99))
+    while not idle.empty():
+        idle.get_nowait()[1].close()
+    return Load(rate, p50, p99, errors)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
+    elif sys.argv[1:2] == ["write"]:
+        write(*sys.argv[2:])
+    else:
+        main()

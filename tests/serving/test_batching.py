@@ -1,0 +1,123 @@
+"""How single images become batches, with a model that can be held."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from jobs.data.decode import Pixels
+from serving.batching import Answer, Batcher, Outputs, batch_sizes
+
+
+class HeldModel:
+    """Answers the mean of each image, once it is let go; keeps the sizes of its batches."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.began, self.go_on = threading.Semaphore(0), threading.Semaphore(0)
+        self.held = False
+
+    def run(self, images: Pixels) -> Outputs:
+        if self.held:
+            self.sizes.append(len(images))
+            self.began.release()
+            self.go_on.acquire()
+            if (images == 255).any():
+                raise ValueError("white")
+        means = images.mean(axis=(1, 2, 3), dtype=np.float32)[:, np.newaxis]
+        return means, means + 1
+
+
+@pytest.fixture
+def model() -> HeldModel:
+    return HeldModel()
+
+
+@pytest.fixture
+def batcher(model: HeldModel) -> Iterator[Batcher]:
+    found = Batcher(model.run, (2, 2, 3), max_batch_size=6)
+    model.held = True
+    yield found
+    model.go_on.release(100)
+    found.close()
+
+
+def image(value: int) -> Pixels:
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+def test_what_waits_while_the_model_works_is_its_next_batch(model: HeldModel, batcher: Batcher) -> None:
+    async def ask() -> list[Answer]:
+        first = asyncio.ensure_future(batcher.ask(image(1)))
+        await asyncio.to_thread(model.began.acquire)
+        others = [asyncio.ensure_future(batcher.ask(image(value))) for value in range(2, 11)]
+        await asyncio.sleep(0)
+        model.go_on.release(3)
+        return await asyncio.gather(first, *others)
+
+    answers = asyncio.run(ask())
+    assert [float(answer.probabilities[0]) for answer in answers] == list(range(1, 11))
+    assert [float(answer.embedding[0]) for answer in answers] == list(range(2, 12))
+    # One alone, six at once, and three that are padded to four.
+    assert model.sizes == [1, 6, 4]
+    assert [answer.batch for answer in answers] == [1, *[6] * 6, *[3] * 3]
+
+
+def test_other_work_is_done_between_two_batches(model: HeldModel, batcher: Batcher) -> None:
+    async def ask() -> tuple[Answer, int, Answer]:
+        first = asyncio.ensure_future(batcher.ask(image(1)))
+        await asyncio.to_thread(model.began.acquire)
+        alone = asyncio.ensure_future(batcher.alone(lambda: len(model.sizes)))
+        last = asyncio.ensure_future(batcher.ask(image(2)))
+        await asyncio.sleep(0)
+        model.go_on.release(2)
+        return await first, await alone, await last
+
+    assert asyncio.run(ask())[1] == 1
+
+
+def test_who_has_gone_takes_no_place_in_a_batch(model: HeldModel, batcher: Batcher) -> None:
+    async def ask() -> Answer:
+        first = asyncio.ensure_future(batcher.ask(image(1)))
+        await asyncio.to_thread(model.began.acquire)
+        gone = [asyncio.ensure_future(batcher.ask(image(2))) for _ in range(6)]
+        last = asyncio.ensure_future(batcher.ask(image(3)))
+        await asyncio.sleep(0)
+        for one in gone:
+            one.cancel()
+        await asyncio.sleep(0)
+        model.go_on.release(2)
+        await first
+        return await last
+
+    assert asyncio.run(ask()).batch == 1
+
+
+def test_what_the_model_raises_reaches_those_who_asked_and_nobody_else(model: HeldModel, batcher: Batcher) -> None:
+    async def ask() -> tuple[BaseException | Answer, Answer]:
+        model.go_on.release(2)
+        failed = (await asyncio.gather(batcher.ask(image(255)), return_exceptions=True))[0]
+        return failed, await batcher.ask(image(7))
+
+    failed, answered = asyncio.run(ask())
+    assert isinstance(failed, ValueError) and float(answered.probabilities[0]) == 7
+
+
+def test_a_batch_that_may_wait_for_company_does(model: HeldModel) -> None:
+    batcher = Batcher(model.run, (2, 2, 3), max_batch_size=2, wait_s=30)
+    model.held = True
+    model.go_on.release(1)
+
+    async def ask() -> list[Answer]:
+        return await asyncio.gather(batcher.ask(image(1)), batcher.ask(image(2)))
+
+    assert [answer.batch for answer in asyncio.run(ask())] == [2, 2]
+    batcher.close()
+
+
+def test_batches_are_padded_to_few_sizes() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(6) == [1, 2, 4, 6]
+    assert batch_sizes(16) == [1, 2, 4, 8, 16]
