@@ -1,0 +1,252 @@
+"""The keys of an endpoint and what they have used, in one sqlite file.
+
+The processes that use the file must be on one machine: sqlite's write-ahead log has its index in shared memory.
+"""
+
+import re
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cluster.errors import HelioError
+from cluster.schema import nearest
+from serving.admission import PERIODS, SCOPES, UNLIMITED, Account, Admission, Ask, Key, Quota, Rate, decide, digest_of
+
+SECRET = re.compile(r"helio_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+"""A secret and the id in it; its end is 256 random bits."""
+LAST_EXPIRY = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+BUSY_S = 30.0
+"""How long sqlite waits for another process that is writing."""
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS api_keys (
+    id TEXT PRIMARY KEY, digest BLOB NOT NULL, name TEXT NOT NULL, scopes TEXT NOT NULL,
+    created REAL NOT NULL, created_by TEXT NOT NULL, expires REAL,
+    revoked REAL, revoked_by TEXT, revoked_why TEXT,
+    rate_per_s REAL, burst INTEGER, quota INTEGER, per TEXT,
+    used INTEGER NOT NULL, since REAL NOT NULL, tokens REAL NOT NULL, filled REAL NOT NULL
+)
+"""
+
+
+def control_db(storage: Path, model: str) -> Path:
+    """The file that holds the state of a model's endpoint, its keys among it."""
+    return storage / "serving" / model / "control.db"
+
+
+class KeyStore:
+    """The keys in one file. Threads may share a store; each process opens its own."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        """Raises HelioError for a file that cannot be used, as all methods do."""
+        self.path, self._clock, self._lock = path, clock, threading.Lock()
+        with self._faults():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(0o600)
+            self._connection = _connect(path)
+        try:
+            with self._transaction():
+                self._connection.execute(_TABLE)
+        except HelioError:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
+
+    def create(
+        self,
+        name: str,
+        by: str,
+        scopes: Sequence[str] = ("predict", "feedback"),
+        expires: float | None = None,
+        rate: Rate | None = None,
+        quota: Quota | None = None,
+    ) -> tuple[Key, str]:
+        """A new key and its secret, which is not kept. Raises HelioError for a key that cannot be."""
+        now = self._clock()
+        _check(name, scopes, expires, rate, quota, now)
+        key_id = secrets.token_hex(6)
+        secret = f"helio_{key_id}_{secrets.token_urlsafe(32)}"
+        ordered = tuple(scope for scope in SCOPES if scope in scopes)
+        row = {
+            "id": key_id,
+            "digest": digest_of(secret),
+            "name": name,
+            "scopes": " ".join(ordered),
+            "created": now,
+            "created_by": by,
+            "expires": expires,
+            "rate_per_s": rate and rate.per_s,
+            "burst": rate and rate.burst,
+            "quota": quota and quota.images,
+            "per": quota and quota.per,
+            "used": 0,
+            "since": (quota or UNLIMITED).period(now)[0],
+            "tokens": rate.burst if rate else 0,
+            "filled": now,
+        }
+        with self._transaction(synchronous="FULL"):
+            self._connection.execute(
+                f"INSERT INTO api_keys ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values())
+            )
+        return Key(key_id, name, ordered, now, by, expires, rate, quota, used=0), secret
+
+    def keys(self) -> list[Key]:
+        """All keys, the oldest first, also those that are no longer good."""
+        with self._transaction():
+            now = self._clock()
+            rows = self._connection.execute("SELECT * FROM api_keys ORDER BY rowid").fetchall()
+        return [_shown(_account(row, now)) for row in rows]
+
+    def revoke(self, key_id: str, by: str, why: str) -> Key:
+        """Refuse a key from now on, in every process; one that was revoked before stays as it is.
+
+        Raises HelioError for an id that there is not.
+        """
+        with self._transaction(synchronous="FULL"):
+            now = self._clock()
+            self._connection.execute(
+                "UPDATE api_keys SET revoked = ?, revoked_by = ?, revoked_why = ? WHERE id = ? AND revoked IS NULL",
+                (now, by, why, key_id),
+            )
+            return _shown(self._require(key_id, now))
+
+    def admit(self, asked: Sequence[Ask]) -> list[Admission]:
+        """Decide on requests, in their order, in one transaction.
+
+        A granted request takes its images from the quota and one from the rate, a refused one takes nothing. What is
+        granted stays counted if this process dies; if the machine loses its power, the last few may not.
+        """
+        with self._transaction():
+            # Read while nobody else can write: no decision is made at an earlier time than the one before it.
+            now = self._clock()
+            accounts: dict[str, Account | None] = {}
+            admissions = []
+            for ask in asked:
+                named = SECRET.fullmatch(ask.secret or "")
+                key_id = named[1] if named else ""
+                if key_id not in accounts:
+                    accounts[key_id] = self._find(key_id, now)
+                admissions.append(decide(ask, accounts[key_id], now))
+            self._write([account for account in accounts.values() if account and account.changed], now)
+        return admissions
+
+    def refund(self, key_id: str, images: int, admitted: float | None = None) -> None:
+        """Give back the images of a request that was granted and not answered; the rate gets nothing back.
+
+        `admitted` is `Admission.at`, None for now: what was taken in a period that is over is not given to the next.
+        Raises HelioError for an id that there is not.
+        """
+        with self._transaction():
+            now = self._clock()
+            account = self._require(key_id, now)
+            if admitted is None or admitted >= account.since:
+                account.used = max(0, account.used - images)
+                self._write([account], now)
+
+    def _find(self, key_id: str, now: float) -> Account | None:
+        row = self._connection.execute("SELECT * FROM api_keys WHERE id = ?", (key_id,)).fetchone()
+        return _account(row, now) if row else None
+
+    def _require(self, key_id: str, now: float) -> Account:
+        account = self._find(key_id, now)
+        if account is None:
+            known = [row["id"] for row in self._connection.execute("SELECT id FROM api_keys")]
+            close = nearest(key_id, known).replace("valid keys are", "there are") or ": there is none yet"
+            raise HelioError(f"no key has the id {key_id!r}{close}")
+        return account
+
+    def _write(self, accounts: Sequence[Account], now: float) -> None:
+        self._connection.executemany(
+            "UPDATE api_keys SET used = ?, since = ?, tokens = ?, filled = ? WHERE id = ?",
+            [(account.used, account.since, account.tokens, now, account.key.id) for account in accounts],
+        )
+
+    @contextmanager
+    def _transaction(self, synchronous: str = "NORMAL") -> Iterator[None]:
+        """Alone with the file: it has all that the block does once that ends, or nothing.
+
+        In WAL mode NORMAL is safe from the end of the process, FULL from that of the machine, too.
+        """
+        with self._lock, self._faults():
+            self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise HelioError(f"the keys in {self.path} cannot be used: {reason}") from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return connection
+        except sqlite3.Error as error:
+            # In this one statement sqlite does not wait for others that open the new file, too.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                connection.close()
+                raise
+            time.sleep(0.01)
+
+
+def _account(row: sqlite3.Row, now: float) -> Account:
+    key = Key(
+        row["id"],
+        row["name"],
+        tuple(row["scopes"].split()),
+        row["created"],
+        row["created_by"],
+        row["expires"],
+        Rate(row["rate_per_s"], row["burst"]) if row["burst"] else None,
+        Quota(row["quota"], row["per"]) if row["quota"] else None,
+        row["used"],
+        row["revoked"],
+        row["revoked_by"],
+        row["revoked_why"],
+    )
+    return Account(key, row["digest"], row["since"], row["tokens"], row["filled"], now)
+
+
+def _shown(account: Account) -> Key:
+    return replace(account.key, used=account.used)
+
+
+def _check(
+    name: str, scopes: Sequence[str], expires: float | None, rate: Rate | None, quota: Quota | None, now: float
+) -> None:
+    if not name.strip() or not name.isprintable() or len(name) > 80:
+        raise HelioError(f"a key's name must be 1 to 80 printable characters, got {name[:100]!r}")
+    if not scopes:
+        raise HelioError(f"a key needs a scope: valid scopes are {', '.join(SCOPES)}")
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise HelioError(f"unknown scope {scope}{nearest(scope, SCOPES).replace('valid keys', 'valid scopes')}")
+    if expires is not None and not now < expires < LAST_EXPIRY:
+        raise HelioError("a key must expire after now and before the year 9999: give a later time, or none")
+    if rate and not (0.001 <= rate.per_s <= 1e6 and 1 <= rate.burst <= 1e6):
+        raise HelioError(f"a rate must be 0.001 to 1,000,000/s and its burst 1 to 1,000,000, got {rate}")
+    if quota and (quota.per not in PERIODS or not 1 <= quota.images <= 1e15):
+        raise HelioError(f"a quota must be 1 to 1e15 images per {', '.join(PERIODS)}, got {quota.images}/{quota.per}")
