@@ -73,6 +73,15 @@ class Registry:
             model, str(version.version), Path(version.source.removeprefix(SCHEME)), version.tags["bundle_digest"]
         )
 
+    def tags(self, model: str, version: str) -> dict[str, str]:
+        """What a version was registered with, above all its lineage; empty where there is no such version."""
+        try:
+            return dict(self._client.get_model_version(model, version).tags)
+        except self._missing as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return {}
+            raise
+
     def require(self, model: str, alias: str) -> ModelVersion:
         """The same. Raises HelioError where there is none."""
         version = self.find(model, alias)
