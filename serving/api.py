@@ -1,112 +1,289 @@
 """The HTTP surface of a replica.
 
-POST /v1/predict   one image: the multipart field `file`, the bytes as the body, or JSON {"image": base64}; several:
-                   repeated fields, or JSON {"images": [base64, ...]}, answered together or, with
-                   `Accept: application/x-ndjson`, a line each as soon as it is ready
-                   ?top_k=5&probabilities=true&embedding=true&heat_map=true
-GET  /v1/model     what answers: name, version, digest, classes, image size
-GET  /healthz      the process is up
-GET  /readyz       the model is loaded and warm
+    POST /v1/predict   one image: the multipart field `file`, the bytes as the body, or JSON {"image": base64}; several:
+                       repeated fields, or JSON {"images": [base64, ...]}, answered together or, with
+                       `Accept: application/x-ndjson`, a line each as soon as it is ready
+                       ?top_k=5&probabilities=true&embedding=true
+    POST /v1/feedback  {"request_id", "label", "image": 0, "comment"}: stored before it is answered
+    GET  /v1/model     what answers: name, version, digest, classes, image size
+    GET  /v1/status    the model, its replicas and what they have answered
+    GET  /metrics      Prometheus, all replicas together
+    GET  /healthz      the process is up
+    GET  /readyz       the model is loaded and warm
+
+Where keys are on, all but the last two want one with the scope of SCOPE_OF.
 """
 
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from cluster.errors import HelioError
 from jobs.data.decode import DecodeError, pixel_size
+from serving.admission import Admission, Ask
 from serving.config import ServeConfig
+from serving.link import Link
+from serving.metrics.families import NO_ARM
+from serving.metrics.replica import Arm, Metrics
+from serving.records.feedback import Feedback
+from serving.records.log import PredictionLog, Record
 from serving.served import Options, Served
-from serving.upload import Refusal, error_document, read_images
+from serving.upload import Refusal, error_document, is_raw, read_images
 
 LINES = "application/x-ndjson"
-FLAGS = ("probabilities", "embedding", "heat_map")
+FLAGS = ("probabilities", "embedding")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
-Handler = Callable[[Request], Awaitable[Response]]
+SCOPE_OF = {
+    "/v1/predict": "predict",
+    "/v1/feedback": "feedback",
+    "/v1/model": "predict",
+    "/v1/status": "status",
+    "/metrics": "status",
+}
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a replica keeps and tells beside its answers."""
+
+    link: Link
+    metrics: Metrics
+    log: PredictionLog
+    feedback: Feedback
+    keys: bool
+    """Whether requests want one."""
+
+
+@dataclass
+class _Told:
+    """What is known of a request while it is worked on."""
+
+    began: float
+    route: str
+    images: int = 0
+    code: str | None = None
+    admission: Admission | None = None
+    decode_s: float | None = None
+    wait_s: float | None = None
+    model_s: float | None = None
+    arm: Arm | None = None
+    asked: dict[str, str] = field(default_factory=dict)
+
+    def slower(self, decode_s: float, wait_s: float, model_s: float) -> None:
+        """Of several images, a stage is that of the slowest."""
+        self.decode_s = max(self.decode_s or 0.0, decode_s)
+        self.wait_s, self.model_s = max(self.wait_s or 0.0, wait_s), max(self.model_s or 0.0, model_s)
+
+
+Handler = Callable[[Request, _Told], Awaitable[Response]]
 
 
 class Api:
-    """Answers requests with a served model."""
+    """Answers requests with a served model. It is the ASGI application of a replica."""
 
-    def __init__(self, served: Served, config: ServeConfig) -> None:
-        self._served, self._config = served, config
-
-        self._predict_in_time = self._in_time(self.predict)
+    def __init__(self, served: Served, config: ServeConfig, desk: Desk) -> None:
+        self._served, self._config, self._desk = served, config, desk
         self._usual = Options(min(config.top_k, len(served.classes)))
-        routes = [
-            Route("/v1/predict", self._predict_in_time, methods=["POST"]),
-            Route("/v1/model", self.describe),
-            Route("/healthz", self.healthz),
-            Route("/readyz", self.readyz),
-        ]
-        handlers: Mapping[Any, Any] = {Refusal: _refused, HTTPException: _http_error, Exception: _our_fault}
-        self._everything = Starlette(routes=routes, exception_handlers=handlers)
+        self._champion = desk.metrics.arm("champion", served.version.version)
+        self._nobody = desk.metrics.arm(NO_ARM)
+        self.ongoing = 0
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/v1/predict": {"POST": self.predict},
+            "/v1/feedback": {"POST": self.correct},
+            "/v1/model": {"GET": self.describe},
+            "/v1/status": {"GET": self.status},
+            "/metrics": {"GET": self.metrics},
+            "/healthz": {"GET": self.healthz},
+            "/readyz": {"GET": self.readyz},
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
-        if scope["type"] == "http" and scope["path"] == "/v1/predict" and scope["method"] == "POST":
-            # The layers of a Starlette application would take as long as the rest of a light model's answer.
-            request = Request(scope, receive)
-            try:
-                response = await self._predict_in_time(request)
-            except Refusal as error:
-                response = await _refused(request, error)
-            except HTTPException as error:
-                response = await _http_error(request, error)
-            except Exception as error:
-                response = await _our_fault(request, error)
+        """See ASGI."""
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
+        request = Request(scope, receive)
+        told = _Told(time.perf_counter(), scope["path"])
+        self.ongoing += 1
+        status = 500
+        try:
+            response = await self._respond(request, told)
+            status = response.status_code
             await response(scope, receive, send)
-        else:
-            await self._everything(scope, receive, send)
+        finally:
+            self.ongoing -= 1
+            (told.arm or self._nobody).request(
+                told.route,
+                status,
+                time.perf_counter() - told.began,
+                decode_s=told.decode_s,
+                wait_s=told.wait_s,
+                model_s=told.model_s,
+                images=told.images,
+                code=told.code,
+            )
 
-    async def predict(self, request: Request) -> Response:
+    async def predict(self, request: Request, told: _Told) -> Response:
         """Classify one image, or several."""
         options = self._options(request.query_params) if request.scope["query_string"] else self._usual
+        if is_raw(request):
+            await self._admit(request, told, 1)
         upload = await read_images(request, self._config.max_images)
-        about = {"request_id": request.headers["x-request-id"], "model": self._served.identity}
+        if told.admission is None:
+            await self._admit(request, told, len(upload.images))
+        told.arm, told.images = self._champion, len(upload.images)
+        told.asked = {"request_id": request.headers["x-request-id"], "who": request.headers.get("x-user", "")}
+        about = {"request_id": told.asked["request_id"], "model": self._served.identity}
         if not upload.many:
-            return JSONResponse({**about, **await self._answer(upload.images[0], options)})
+            return JSONResponse({**about, **await self._answer(upload.images[0], 0, options, told)})
         if LINES in request.headers.get("accept", ""):
-            return StreamingResponse(self._lines(upload.images, options, about), media_type=LINES)
-        results = await asyncio.gather(*(self._answer_or_error(image, options) for image in upload.images))
-        return JSONResponse({**about, "results": results})
+            return StreamingResponse(self._lines(upload.images, options, about, told), media_type=LINES)
+        answers = (self._answer_or_error(image, place, options, told) for place, image in enumerate(upload.images))
+        return JSONResponse({**about, "results": await asyncio.gather(*answers)})
 
-    async def describe(self, _: Request) -> Response:
+    async def correct(self, request: Request, told: _Told) -> Response:
+        """Store what an image of an answered request really shows."""
+        await self._admit(request, told, 0)
+        try:
+            document = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            raise Refusal(400, "bad_request", 'the body is not JSON: send {"request_id", "label"}') from None
+        given = _checked(document)
+        who = told.admission.key_id if told.admission else request.headers.get("x-user")
+        try:
+            await asyncio.to_thread(
+                self._desk.feedback.add,
+                given["request_id"],
+                given["label"],
+                self._served.classes,
+                given.get("image", 0),
+                given.get("comment"),
+                who,
+            )
+        except HelioError as error:
+            raise Refusal(422, "bad_request", str(error)) from None
+        return JSONResponse({"stored": True, "request_id": given["request_id"]}, 201)
+
+    async def describe(self, request: Request, told: _Told) -> Response:
         """What answers."""
+        await self._admit(request, told, 0)
         served = self._served
         return JSONResponse({**served.identity, "classes": served.classes, "image_size": served.size})
 
-    async def healthz(self, _: Request) -> Response:
+    async def status(self, request: Request, told: _Told) -> Response:
+        """The model, its replicas, and what they have answered."""
+        await self._admit(request, told, 0)
+        found = await self._desk.link.ask("status", self._served.version.version)
+        return JSONResponse({"model": self._served.identity, **found})
+
+    async def metrics(self, request: Request, told: _Told) -> Response:
+        """Prometheus asks."""
+        await self._admit(request, told, 0)
+        body, content_type = await self._desk.link.ask("text", request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def healthz(self, request: Request, told: _Told) -> Response:
         """The process answers."""
         return JSONResponse({"status": "ok"})
 
-    async def readyz(self, _: Request) -> Response:
+    async def readyz(self, request: Request, told: _Told) -> Response:
         """Serve opens a replica's port only after its constructor, which loads and warms the model."""
         return JSONResponse({"status": "ready", "model": self._served.identity})
 
-    async def _answer(self, image: bytes, options: Options) -> dict[str, Any]:
-        self._check_size(image)
-        pixels = await self._served.decode(image)
-        return await self._served.describe(await self._served.ask(pixels), pixels, options)
+    async def _respond(self, request: Request, told: _Told) -> Response:
+        """An answer, whatever happens."""
+        try:
+            methods = self._routes.get(told.route)
+            if methods is None:
+                raise HTTPException(404, "there is no such path: see POST /v1/predict")
+            handler = methods.get(request.method)
+            if handler is None:
+                allowed = ", ".join(methods)
+                raise HTTPException(405, f"this path takes {allowed}", {"allow": allowed})
+            try:
+                async with asyncio.timeout(self._config.request_timeout_s):
+                    return await handler(request, told)
+            except TimeoutError:
+                limit = f"{self._config.request_timeout_s:g} s"
+                raise Refusal(504, "too_slow", f"there was no answer within {limit}: try again later") from None
+        except Refusal as error:
+            refusal = error
+        except HTTPException as error:
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+            refusal = Refusal(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+            refusal.headers = dict(error.headers or {})
+        except ClientDisconnect:
+            refusal = Refusal(400, "bad_request", "the request broke off: send it whole")
+        except Exception as error:
+            _log(request, error)
+            text = "the endpoint failed on this request; its log has the details under the request's id"
+            refusal = Refusal(500, "internal", text)
+        told.code = refusal.code
+        if refusal.status >= 500 and told.admission is not None:
+            await self._desk.link.refund(told.admission, told.images)
+        return JSONResponse(error_document(refusal.code, refusal.message), refusal.status, refusal.headers)
 
-    async def _answer_or_error(self, image: bytes, options: Options) -> dict[str, Any]:
+    async def _admit(self, request: Request, told: _Told, images: int) -> None:
+        """Raises Refusal for who may not ask."""
+        if not self._desk.keys:
+            return
+        kind, _, secret = request.headers.get("authorization", "").partition(" ")
+        given = secret.strip() if kind.lower() == "bearer" else None
+        found = await self._desk.link.admit(Ask(given, SCOPE_OF[told.route], images))
+        if not found.granted:
+            raise Refusal(found.status, found.code, found.message, found.retry_after_s)
+        told.admission, told.images = found, images
+
+    async def _answer(self, image: bytes, place: int, options: Options, told: _Told) -> dict[str, Any]:
+        began = time.perf_counter()
+        height, width = self._check_size(image)
+        pixels = await self._served.decode(image)
+        decode_s = time.perf_counter() - began
+        answer = await self._served.ask(pixels)
+        told.slower(decode_s, answer.wait_s, answer.model_s)
+        found = self._served.describe(answer, options)
+        stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
+        self._desk.log.add(
+            Record(
+                told.asked["request_id"],
+                self._served.version,
+                place,
+                who=told.asked["who"] or (told.admission.key_id if told.admission else None),
+                labels=[one["label"] for one in found["predictions"]],
+                probabilities=[one["probability"] for one in found["predictions"]],
+                latency_ms={
+                    **{name: 1000 * seconds for name, seconds in stages.items()},
+                    "total": 1000 * (time.perf_counter() - told.began),
+                },
+                data=image,
+                width=width,
+                height=height,
+            )
+        )
+        return found
+
+    async def _answer_or_error(self, image: bytes, place: int, options: Options, told: _Told) -> dict[str, Any]:
         """One bad image among several costs the others nothing."""
         try:
-            return await self._answer(image, options)
+            return await self._answer(image, place, options, told)
         except Refusal as error:
+            self._champion.error(error.code)
             return error_document(error.code, error.message)
 
-    async def _lines(self, images: list[bytes], options: Options, about: dict[str, Any]) -> AsyncIterator[str]:
+    async def _lines(
+        self, images: list[bytes], options: Options, about: Mapping[str, Any], told: _Told
+    ) -> AsyncIterator[str]:
         async def one(place: int) -> str:
-            found = await self._answer_or_error(images[place], options)
+            found = await self._answer_or_error(images[place], place, options, told)
             return json.dumps({"image": place, **about, **found}) + "\n"
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(images))]
@@ -117,7 +294,8 @@ class Api:
             for task in tasks:
                 task.cancel()
 
-    def _check_size(self, image: bytes) -> None:
+    def _check_size(self, image: bytes) -> tuple[int, int]:
+        """(height, width). Raises Refusal."""
         try:
             height, width = pixel_size(image)
         except DecodeError as error:
@@ -126,29 +304,19 @@ class Api:
             raise Refusal(
                 413,
                 "too_many_pixels",
-                f"{width} x {height} pixels are more than the {self._config.max_pixels:,} that are read: send a "
+                f"{width} x {height} pixels are more than the {self._config.max_pixels:,} that are decoded: send a "
                 "smaller image",
             )
+        return height, width
 
     def _options(self, query: Mapping[str, str]) -> Options:
         """Raises Refusal for what no request may ask."""
         flags = {name: _switch(name, query[name]) for name in FLAGS if name in query}
         most = len(self._served.classes)
-        asked = query.get("top_k", str(min(self._config.top_k, most)))
+        asked = query.get("top_k", str(self._usual.top_k))
         if not asked.isdecimal() or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
         return Options(top_k=int(asked), **flags)
-
-    def _in_time(self, handler: Handler) -> Handler:
-        async def bounded(request: Request) -> Response:
-            try:
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    return await handler(request)
-            except TimeoutError:
-                limit = f"{self._config.request_timeout_s:g} s"
-                raise Refusal(504, "too_slow", f"there was no answer within {limit}: try again later") from None
-
-        return bounded
 
 
 def _switch(name: str, text: str) -> bool:
@@ -157,19 +325,29 @@ def _switch(name: str, text: str) -> bool:
     return SWITCH[text.lower()]
 
 
-async def _refused(_: Request, error: Refusal) -> JSONResponse:
-    return JSONResponse(error_document(error.code, error.message), error.status)
+KINDS = {"request_id": str, "label": str, "image": int, "comment": str}
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(error_document(code, message), error.status_code, headers=error.headers)
+def _checked(document: Any) -> dict[str, Any]:
+    """A correction as it was sent. Raises Refusal."""
+    if not isinstance(document, dict) or not {"request_id", "label"} <= document.keys() <= KINDS.keys():
+        raise Refusal(422, "bad_request", "the JSON must have request_id and label, and may have image and comment")
+    for name, value in document.items():
+        if not isinstance(value, KINDS[name]) or isinstance(value, bool):
+            kind = "a whole number" if KINDS[name] is int else "text"
+            raise Refusal(422, "bad_request", f"{name} must be {kind}")
+    return document
 
 
-async def _our_fault(request: Request, error: Exception) -> JSONResponse:
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+def _log(request: Request, error: Exception) -> None:
     logging.getLogger("ray.serve").error(
         "request %s failed", request.headers.get("x-request-id"), exc_info=(type(error), error, error.__traceback__)
     )
-    text = "the endpoint failed on this request; its log has the details under the request's id"
-    return JSONResponse(error_document("internal", text), 500)

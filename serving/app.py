@@ -3,6 +3,7 @@
 Decoding and model stay in one process: an image of a few kilobytes would cost more to pass on than to decode.
 """
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from cluster.profile import ReplicaResources
+from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
-from serving.api import Api
+from serving.api import Api, Desk
 from serving.config import ServeConfig
+from serving.link import Link
+from serving.metrics.families import Snapshot
+from serving.metrics.replica import Metrics
+from serving.records.feedback import Feedback
+from serving.records.hours import record_directory
+from serving.records.log import PredictionLog
 from serving.served import Served
 from serving.upload import replica_environment
 
@@ -31,34 +38,57 @@ RETRY_AFTER_S = 1.0
 class Predictor:
     """One replica: a bundle in memory. It takes requests only after every batch size it uses has run once.
 
-    `threads` are TensorFlow's; another pool of as many threads decodes what is large.
+    `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
+    actor that all replicas share.
     """
 
-    def __init__(self, version: dict[str, str], config: dict[str, Any], threads: int, gpus: float) -> None:
+    def __init__(
+        self, version: dict[str, str], config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any
+    ) -> None:
         import cv2
 
         set_up_tensorflow(threads, gpus)
         cv2.setNumThreads(1)
         self._config = ServeConfig(**config)
-        decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        model, self._replica = version["model"], serve.get_replica_context().replica_id.unique_id
+        metrics = Metrics(self._replica, model)
+        arm = metrics.arm("champion", version["version"])
         self._served = Served(
-            ModelVersion(version["model"], version["version"], Path(version["bundle"]), version["digest"]),
+            ModelVersion(model, version["version"], Path(version["bundle"]), version["digest"]),
             self._config.max_batch_size,
             self._config.batch_wait_timeout_s,
-            decoders,
+            ThreadPoolExecutor(threads, thread_name_prefix="decode"),
+            arm.batch,
         )
+        arm.loaded(version["digest"], self._served.load_s)
+        records = record_directory(Path(storage), model)
+        self._log = PredictionLog(records, self._replica, self._config.records)
+        self._link = Link(control, self._snapshot)
+        desk = Desk(self._link, metrics, self._log, Feedback(records, self._replica), self._config.wants_keys)
+        self._metrics, self._api = metrics, Api(self._served, self._config, desk)
 
     def __serve_build_asgi_app__(self) -> Api:
         """Called by Serve once the constructor has returned."""
-        return Api(self._served, self._config)
+        self._link.start()
+        return self._api
 
     async def check_health(self) -> None:
         """Called by Serve now and then: a replica whose model no longer answers is replaced."""
         await self._served.check()
 
+    async def __del__(self) -> None:
+        """Called by Serve once the last request has been answered."""
+        self._served.close()
+        await asyncio.to_thread(self._log.close)
+        await self._link.stop(self._replica)
 
-def build_application(config: ServeConfig, version: ModelVersion, resources: ReplicaResources) -> serve.Application:
+    def _snapshot(self) -> Snapshot:
+        return self._metrics.snapshot(self._served.waiting, self._api.ongoing, self._log.dropped)
+
+
+def build_application(config: ServeConfig, version: ModelVersion, profile: Profile, control: Any) -> serve.Application:
     """The application that serves `version` as the recipe says, each replica with the profile's resources."""
+    resources = profile.replicas
     autoscaling = AutoscalingConfig(
         min_replicas=config.min_replicas,
         max_replicas=config.max_replicas,
@@ -99,4 +129,6 @@ def build_application(config: ServeConfig, version: ModelVersion, resources: Rep
         config.model_dump(),
         resources.threads,
         resources.gpus,
+        str(profile.storage_path),
+        control,
     )

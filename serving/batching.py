@@ -40,8 +40,8 @@ class Answer:
 
 @dataclass
 class _Item:
-    work: Pixels | Callable[[], Any]
-    """An image, or something else that has to be done in the model's thread."""
+    work: Any
+    """An image, or something else to be called in the model's thread."""
     at: float
     answer: asyncio.Future[Any]
 
@@ -55,9 +55,11 @@ class Batcher:
         shape: Sequence[int],
         max_batch_size: int,
         wait_s: float = 0.0,
+        told: Callable[[int], None] = lambda size: None,
     ) -> None:
-        """`run` answers uint8 [n, *shape]; a batch that is not full waits up to `wait_s` for company."""
-        self._run, self._wait_s, self._largest = run, wait_s, max_batch_size
+        """`run` answers uint8 [n, *shape]; a batch that is not full waits up to `wait_s` for company; `told` is called
+        with the size of each."""
+        self._run, self._wait_s, self._largest, self._told = run, wait_s, max_batch_size, told
         self._buffers = {size: np.zeros((size, *shape), np.uint8) for size in batch_sizes(max_batch_size)}
         for buffer in self._buffers.values():
             run(buffer)
@@ -141,6 +143,7 @@ class Batcher:
         began = time.perf_counter()
         probabilities, embeddings = self._run(buffer)
         took = time.perf_counter() - began
+        self._told(count)
         return [
             Answer(probabilities[row], embeddings[row], began - item.at, took, count) for row, item in enumerate(items)
         ]

@@ -1,13 +1,21 @@
 """The recipe section that describes the endpoint. Names are Ray Serve's own."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from cluster.schema import Section
+from serving.records.config import RecordConfig
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ServeConfig(Section):
     """The HTTP endpoint and how it scales."""
 
+    keys: Literal["auto", "on", "off"] = "auto"
+    """Whether requests want an API key (`helio keys create`). auto: only where `host` is not this machine's own."""
+    records: RecordConfig = RecordConfig()
     host: str = "127.0.0.1"
     """Address to bind; `0.0.0.0` opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)
@@ -35,6 +43,16 @@ class ServeConfig(Section):
     """Labels in an answer."""
     check_images: int = Field(default=50, ge=1)
     """Held-out images that `helio run` sends to the endpoint."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can ask."""
+        return self.host in LOOPBACK
+
+    @property
+    def wants_keys(self) -> bool:
+        """Whether requests want a key."""
+        return self.keys == "on" or (self.keys == "auto" and not self.is_local)
 
     @model_validator(mode="after")
     def _replica_range(self) -> "ServeConfig":

@@ -24,6 +24,7 @@ from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
 from serving.config import ServeConfig
+from serving.records.identity import new_request_id
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -44,6 +45,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     the registered one.
     """
     # Ray Serve reads its environment when it is imported, and the session has just set it.
+    import ray
     from ray import serve
 
     if profile.address is None:
@@ -55,10 +57,11 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     version.open()
     from serving.app import NAME, build_application
 
+    control = _start_control(profile, version.model)
     try:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-            serve.run(build_application(config, version, profile.replicas), name=NAME, route_prefix="/")
+            serve.run(build_application(config, version, profile, control), name=NAME, route_prefix="/")
         except (RuntimeError, TimeoutError) as error:
             raise EndpointError(
                 f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
@@ -68,6 +71,25 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
         yield url
     finally:
         serve.shutdown()
+        ray.kill(control)
+
+
+def _start_control(profile: Profile, model: str) -> Any:
+    """The actor that all replicas share, on the head node: it ends with this process."""
+    import ray
+
+    from serving.control import NAME, Control
+
+    options = {
+        "name": NAME,
+        "num_cpus": 0,
+        "resources": {HEAD: 0.001},
+        "max_restarts": -1,
+        "max_task_retries": 2,
+        "max_concurrency": 1000,
+    }
+    actor = ray.remote(Control).options(**options)
+    return actor.remote(str(profile.storage_path), model, new_request_id())
 
 
 def preflight(recipe: "Recipe", profile: Profile) -> None:
@@ -105,7 +127,7 @@ def _check_cluster(config: ServeConfig) -> None:
         raise EndpointError(fault)
     nodes = sum(node["Alive"] for node in ray.nodes())
     # Replicas listen on the endpoint's host, too: on a loopback address other nodes' could not be reached.
-    if nodes > 1 and config.host in ("127.0.0.1", "localhost", "::1"):
+    if nodes > 1 and config.is_local:
         raise EndpointError(
             f"serve.host is {config.host} and the cluster has {nodes} nodes, whose replicas could not be reached: "
             "set serve.host=0.0.0.0"

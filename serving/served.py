@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,20 +27,28 @@ class Options:
     top_k: int
     probabilities: bool = False
     embedding: bool = False
-    heat_map: bool = False
 
 
 class Served:
     """One version of a model, loaded and warm."""
 
-    def __init__(self, version: ModelVersion, max_batch_size: int, wait_s: float, decoders: ThreadPoolExecutor) -> None:
-        """Raises CheckpointError when the bundle is not the registered one."""
+    def __init__(
+        self,
+        version: ModelVersion,
+        max_batch_size: int,
+        wait_s: float,
+        decoders: ThreadPoolExecutor,
+        told: Callable[[int], None],
+    ) -> None:
+        """`told` is called with the size of each batch. Raises CheckpointError when the bundle is not the registered
+        one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
+        self.version = version
         self.identity = {"name": version.model, "version": version.version, "digest": version.digest}
         self.size, self.classes = self.bundle.image_size, self.bundle.classes
         self._loaded, self._decoders = self.bundle.load(), decoders
-        self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s)
+        self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s, told)
         self.load_s = time.perf_counter() - began
 
     async def decode(self, image: bytes) -> Pixels:
@@ -61,27 +69,20 @@ class Served:
         """Raises what the model raises, where it no longer answers."""
         await self._batcher.ask(np.zeros((self.size, self.size, 3), np.uint8))
 
-    async def describe(self, answer: Answer, pixels: Pixels, options: Options) -> dict[str, Any]:
+    def describe(self, answer: Answer, options: Options) -> dict[str, Any]:
         """An answer as JSON."""
         scores = answer.probabilities
-        best = top(scores, options.top_k)
         told: dict[str, Any] = {
-            "predictions": [{"label": self.classes[place], "probability": float(scores[place])} for place in best]
+            "predictions": [
+                {"label": self.classes[place], "probability": float(scores[place])}
+                for place in top(scores, options.top_k)
+            ]
         }
         if options.probabilities:
             told["probabilities"] = dict(zip(self.classes, scores.tolist(), strict=True))
         if options.embedding:
             told["embedding"] = answer.embedding.tolist()
-        if options.heat_map:
-            told["heat_map"] = (await self._heat_map(pixels, int(best[0]))).round(3).tolist()
         return told
-
-    async def _heat_map(self, pixels: Pixels, label: int) -> NDArray[np.float32]:
-        if not self._loaded.explains:
-            raise Refusal(400, "no_heat_map", "this model has no heat map: ask without heat_map, or export it again")
-        maps = await self._batcher.alone(lambda: self._loaded.heat_map(pixels[np.newaxis], [label]))
-        found: NDArray[np.float32] = maps[0]
-        return found
 
     def close(self) -> None:
         """Let what waits be answered, and give the model's thread back."""

@@ -8,6 +8,7 @@ says what to do.
 import asyncio
 import base64
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.records.identity import new_request_id
 
 LIMIT_VARIABLE = "HELIO_MAX_REQUEST_BYTES"
 
@@ -26,11 +29,12 @@ LINGER_S = 5.0
 class Refusal(Exception):
     """A request that is answered with an error: HTTP status, a code for programs, a message for people."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
 
 
 def error_document(code: str, message: str) -> dict[str, dict[str, str]]:
@@ -47,15 +51,21 @@ class Upload:
     """Whether they came as several, which one alone may be, too: the answer has the same form then."""
 
 
+def is_raw(request: Request) -> bool:
+    """Whether the body is one image, so that it need not be read to know how many there are."""
+    kind = _kind(request)
+    return kind in ("", "application/octet-stream") or kind.startswith("image/")
+
+
 async def read_images(request: Request, most: int) -> Upload:
     """What a request carries. Raises Refusal: 400 where there is nothing, 413 for too much, 415 for another type, 422
     for JSON that says something else."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = _kind(request)
     if kind == "multipart/form-data":
         upload = await _from_form(request, most)
     elif kind == "application/json":
         upload = _from_json(await request.body())
-    elif kind in ("", "application/octet-stream") or kind.startswith("image/"):
+    elif is_raw(request):
         upload = Upload([await request.body()], many=False)
     else:
         raise Refusal(
@@ -71,6 +81,10 @@ async def read_images(request: Request, most: int) -> Upload:
             400, "no_image", "the request carries no image: send one in the multipart field `file` or as the body"
         )
     return upload
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def _from_form(request: Request, most: int) -> Upload:
@@ -153,7 +167,10 @@ class RequestGate:
                 await send(message)
 
         # Serve would watch each connection with a task of its own; who has gone is noticed when it is read or written.
-        scope["headers"] = [*scope["headers"], (b"x-request-disconnect-disabled", b"?1")]
+        own = [(b"x-request-disconnect-disabled", b"?1")]
+        if "x-request-id" not in Headers(scope=scope):
+            own.append((b"x-request-id", new_request_id().encode()))
+        scope["headers"] = [*scope["headers"], *own]
         await self._app(scope, limited_receive, _overload_in_json(limited_send))
 
     async def _refuse(self, receive: Receive, send: Send) -> None:

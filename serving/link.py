@@ -1,0 +1,90 @@
+"""A replica's side of the control actor."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from serving.admission import Admission, Ask
+from serving.metrics.families import Snapshot
+from serving.upload import Refusal
+
+REPORT_S = 1.0
+"""How often a replica tells its counts."""
+ANSWER_S = 5.0
+"""How long the control actor may take."""
+
+
+class Link:
+    """Asks the control actor, and tells it what this replica counts. All calls come from one event loop."""
+
+    def __init__(self, control: Any, snapshot: Callable[[], Snapshot]) -> None:
+        """`control` is the actor's handle."""
+        self._control, self._snapshot = control, snapshot
+        self._asked: list[tuple[Ask, asyncio.Future[Admission]]] = []
+        self._asking: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to tell."""
+        self._telling = asyncio.create_task(self._tell())
+
+    async def admit(self, ask: Ask) -> Admission:
+        """Whether a request gets in. Raises Refusal where nobody can say."""
+        decided: asyncio.Future[Admission] = asyncio.get_running_loop().create_future()
+        self._asked.append((ask, decided))
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+        try:
+            return await asyncio.wait_for(decided, ANSWER_S)
+        except Exception:
+            logging.getLogger("ray.serve").exception("the control actor does not answer")
+            raise Refusal(
+                503, "overloaded", "who may ask cannot be looked up now: try again after a moment", retry_after_s=1
+            ) from None
+
+    async def refund(self, admission: Admission, images: int) -> None:
+        """Give back what a request has taken that was not answered."""
+        if admission.key_id is not None:
+            await self._control.refund.remote(admission.key_id, images, admission.at)
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
+        """Call another method of the control actor. Raises Refusal where it does not answer."""
+        try:
+            return await asyncio.wait_for(getattr(self._control, method).remote(*arguments), ANSWER_S)
+        except Exception:
+            logging.getLogger("ray.serve").exception("the control actor does not answer")
+            raise Refusal(
+                503, "overloaded", "the state of the endpoint cannot be told now: try again", retry_after_s=1
+            ) from None
+
+    async def stop(self, replica: str) -> None:
+        """Tell the last counts."""
+        if self._telling is not None:
+            self._telling.cancel()
+        await self._control.hear.remote(self._snapshot())
+        await self._control.leave.remote(replica)
+
+    async def _ask(self) -> None:
+        """What comes while the actor decides goes there together."""
+        while self._asked:
+            asked, self._asked = self._asked, []
+            try:
+                found = await self._control.admit.remote([ask for ask, _ in asked])
+                for (_, decided), admission in zip(asked, found, strict=True):
+                    if not decided.done():
+                        decided.set_result(admission)
+            except Exception as error:
+                for _, decided in asked:
+                    if not decided.done():
+                        decided.set_exception(error)
+        self._asking = None
+
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_S)
+            try:
+                await self._control.hear.remote(self._snapshot())
+            except Exception:
+                # It is begun again by Ray, and told all of it the next time.
+                logging.getLogger("ray.serve").exception("the control actor does not hear")
