@@ -85,8 +85,6 @@ class Arm:
             self._images = self._cell("helio_images_total")
             self._stages = [self._cell("helio_request_duration_seconds", stage) for stage in STAGES]
             self._batches = self._cell("helio_batch_size")
-            self._comparisons = self._cell("helio_comparisons_total")
-            self._disagreements = self._cell("helio_disagreements_total")
 
     def request(
         self,
@@ -109,11 +107,10 @@ class Arm:
             (self._requests.get((route, status)) or self._request_cell(route, status))[0] += 1
             self._images[0] += images
             for cell, seconds in zip(self._stages, (queue_s, decode_s, wait_s, model_s, total_s), strict=True):
-                # Two clocks may disagree on what came first: less than nothing is nothing.
                 if seconds is None:
                     continue
                 cell[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
-                if seconds > 0:
+                if seconds > 0:  # Two clocks may disagree on what came first, and a sum must not fall.
                     cell[-1] += int(seconds * NANOSECONDS)
             if code is not None:
                 self._error_cell(code)[0] += 1
@@ -132,8 +129,8 @@ class Arm:
     def compared(self, agrees: bool) -> None:
         """Record that an answer was compared with the champion's for the same image."""
         with self._lock:
-            self._comparisons[0] += 1
-            self._disagreements[0] += not agrees
+            self._cell("helio_comparisons_total")[0] += 1
+            self._cell("helio_disagreements_total")[0] += not agrees
 
     def loaded(self, digest: str, load_s: float) -> None:
         """The version is in memory in this role; it took `load_s` to be warm."""

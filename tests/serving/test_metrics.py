@@ -109,7 +109,7 @@ def test_threads_that_record_at_once_lose_nothing() -> None:
     assert value(merged, "helio_request_duration_seconds_bucket", stage="total", le="0.005") == 15_000
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_count_falls_or_is_lost_whatever_becomes_of_replicas(seed: int) -> None:
     """Replicas join, leave, come back and begin anew under their names, reports come late, the control restarts."""
     draw = random.Random(seed)
@@ -118,7 +118,7 @@ def test_no_count_falls_or_is_lost_whatever_becomes_of_replicas(seed: int) -> No
     late: list[Snapshot] = []
     recorded = seconds = 0
     before: dict[Sample, float] = {}
-    for _ in range(120):
+    for _ in range(100):
         happens = draw.choices(
             ("record", "report", "join", "begin anew", "leave", "seem gone", "late", "control restarts"),
             (30, 30, 8, 4, 8, 6, 8, 3),
@@ -172,7 +172,8 @@ def test_replicas_that_left_long_ago_are_still_counted_and_take_no_room() -> Non
         merged.take(snapshot(metrics))
         merged.leave(f"replica-{number}")
         sizes.append(len(json.dumps(merged.state())))
-    assert value(merged, "helio_requests_total") == 4 * KEPT
+    restored = Merged(json.loads(json.dumps(merged.state())))
+    assert value(merged, "helio_requests_total") == value(restored, "helio_requests_total") == 4 * KEPT
     assert merged.replicas == set()
     assert max(sizes[2 * KEPT :]) < 1.1 * sizes[KEPT]
 
