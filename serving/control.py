@@ -1,7 +1,7 @@
 """What all replicas of an endpoint share: one actor with the keys, what they have used, and the counts of all replicas.
 
-It is asked for nothing where the endpoint has no keys; a replica goes on answering while it is away, and one that wants a
-key is told to come back.
+It is asked for nothing where the endpoint has no keys: a replica goes on answering while it is away. Where keys are
+wanted, requests are told to come back.
 """
 
 import asyncio

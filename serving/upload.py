@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -92,12 +92,12 @@ async def _from_form(request: Request, most: int) -> Upload:
         # One more, so that it is told apart from a form that is no form.
         async with request.form(max_files=most + 1, max_fields=16) as form:
             files = [await file.read() for file in form.getlist("file") if isinstance(file, UploadFile)]
-    except HTTPException as error:
-        if "Too many files" in str(error.detail):
+    except MultiPartException as error:
+        if "Too many files" in error.message:
             raise Refusal(
                 413, "too_many_images", f"the request has more than the {most} images that are read: send fewer"
             ) from None
-        raise
+        raise Refusal(400, "bad_request", f"the form cannot be read: {error.message}") from None
     return Upload(files, many=len(files) > 1)
 
 
