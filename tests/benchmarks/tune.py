@@ -30,9 +30,9 @@ import numpy as np
 from tests.conftest import carry_out
 from tests.measure import run_benchmark, tree_memory_mb, unpacked
 
-TRIALS, SLOTS, SEEDS = int(os.environ.get("TRIALS", "32")), 2, int(os.environ.get("SEEDS", "5"))
-EPOCHS, WIDTH = 12, 16
-LABELLED, HELD_OUT = 1_000, 500
+TRIALS, SLOTS, SEEDS = 32, 2, int(os.environ.get("SEEDS", "5"))
+EPOCHS, WIDTH = 6, 16
+LABELLED, HELD_OUT = 2_000, 500
 MODEL = {"backbone": "convnet", "width": WIDTH, "stages": 3, "norm": "batch"}
 STUDY = "plain"
 SPACE = {"learning_rate": (5e-4, 2e-2, True), "weight_decay": (1e-5, 5e-2, True), "label_smoothing": (0.0, 0.15, False)}
