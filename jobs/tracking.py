@@ -4,6 +4,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,10 @@ from cluster.run import Run, write_json
 from jobs.registry import tracking_uri
 
 PARENT, STAGE, TRIAL = "mlflow.parentRunId", "helio.stage", "helio.trial"
+TOGETHER_S = 2.0
+"""What comes within so long is written together."""
+AT_ONCE = 1000
+"""Metrics that MLflow takes in one call."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,11 @@ class Tracker:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._work: queue.SimpleQueue[Callable[[Any, str], object] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[Any, str], object] | list[tuple[str, float, int, int]]] = (
+            queue.SimpleQueue()
+        )
+        """What is to be written, or metrics: (name, value, Unix ms, step) each."""
+        self._leaving, self._status = threading.Event(), ""
         self._failure: BaseException | None = None
         self._board: Any = None
         self._trials: set[tuple[str, int]] | None = None
@@ -54,9 +63,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
-        self._work.put(lambda client, run_id: client.set_terminated(run_id, status))
-        self._work.put(None)
+        self._status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+        self._leaving.set()
         self._thread.join()
         if self._board is not None:
             self._board.close()
@@ -74,15 +82,8 @@ class Tracker:
             self._board = SummaryWriter(str(self._run.directory / "tensorboard"))
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
-
-        def write(client: Any, run_id: str) -> None:
-            from mlflow.entities import Metric
-            from mlflow.utils.time import get_current_time_millis
-
-            now = get_current_time_millis()
-            client.log_batch(run_id, metrics=[Metric(name, value, now, step) for name, value in named.items()])
-
-        self._work.put(write)
+        now = round(1000 * time.time())
+        self._work.put([(name, value, now, step) for name, value in named.items()])
 
     def tags(self, values: dict[str, str]) -> None:
         """Set tags of the run."""
@@ -125,10 +126,27 @@ class Tracker:
 
             client = mlflow.MlflowClient(tracking_uri(self._run.storage))
             run_id = self._run_id(client)
-            while (write := self._work.get()) is not None:
-                write(client, run_id)
+            left = False
+            while not left:
+                # A commit for each step would cost the driver more than what is told.
+                left = self._leaving.wait(TOGETHER_S)
+                self._write_queued(client, run_id)
+            client.set_terminated(run_id, self._status)
         except BaseException as error:  # told in the driver's thread, in __exit__
             self._failure = error
+
+    def _write_queued(self, client: Any, run_id: str) -> None:
+        from mlflow.entities import Metric
+
+        metrics: list[Metric] = []
+        while not self._work.empty():
+            item = self._work.get()
+            if isinstance(item, list):
+                metrics += [Metric(*one) for one in item]
+            else:
+                item(client, run_id)
+        for start in range(0, len(metrics), AT_ONCE):
+            client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
 
     def _run_id(self, client: Any) -> str:
         """The MLflow run that this run began before, or a new one."""

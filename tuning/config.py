@@ -324,3 +324,9 @@ def in_order(space: Mapping[str, Dimension]) -> list[str]:
             raise ValueError(f"space: {', '.join(left)} depend on each other in a circle")
         ordered += ready
     return ordered
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of fine-tuning, and those of the model by their names there."""
+    model = {name.removeprefix(MODEL): value for name, value in params.items() if name.startswith(MODEL)}
+    return {name: value for name, value in params.items() if not name.startswith(MODEL)}, model

@@ -1,6 +1,7 @@
 """Ray Tune runs the trials of a ledger in slots that are kept; the ledger says which, and what becomes of them."""
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -14,8 +15,9 @@ from ray.tune.search import Searcher
 
 from cluster.errors import HelioError
 from cluster.session import interruptible
-from tuning.ledger import Assignment, Failure, Ledger
-from tuning.slot import Epoch, Limits, Objective, Slot, lost
+from tuning.ledger import Ledger
+from tuning.slot import Limits, Objective, Slot, lost
+from tuning.trial import Assignment, Epoch, Failure
 
 Tell = Callable[["Told"], None]
 
@@ -58,6 +60,8 @@ def run_trials(
     bridge = _Bridge(ledger, limits, slots, tell, spent)
     # Tune's own is one: then a slot that is free takes the trial of one that is starting, whose process Tune ends.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+    # It would miss the result file of each trial, of which the study holds all.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(Slot, make=make, limits=limits), tune.PlacementGroupFactory(list(resources))

@@ -16,7 +16,8 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs.training.backend import describe_cluster, own_address
-from tuning.slot import Epoch, Lost, Objective, TooMuchMemory, memory_watched, too_much_memory
+from tuning.slot import Lost, Objective, TooMuchMemory, memory_watched, too_much_memory
+from tuning.trial import Epoch
 
 GRACE_S = 5.0
 """How long after one worker's error is waited for the news that another one, which it came from, is gone."""

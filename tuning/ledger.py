@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,42 +25,18 @@ from cluster.errors import HelioError
 from cluster.run import write_atomic
 from jobs.evaluation.metrics import Metric, better
 from tuning.config import TuneConfig
-from tuning.population import SUCCEEDS, begun_afresh, milestone, next_succession
+from tuning.population import SUCCEEDS, begun_afresh, next_succession
 from tuning.samplers import make_pruner, make_sampler
 from tuning.space import Space
 from tuning.storage import Storage
+from tuning.trial import PROGRESS, Assignment, Failure, milestone
 
 BEAT_S, DEAD_AFTER_S = 10.0, 60.0
 """How often a driver shows that it lives, and after how long without a sign another machine's counts as dead."""
 GONE = -1
 """The sign of a driver that has ended in good order."""
-PROGRESS = "progress.npz"
-"""What a trial goes on from, in its directory."""
 ALIKE = 3
 """So many trials that fail alike before any has ended well end the search."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A trial that this driver has to see to."""
-
-    number: int
-    params: dict[str, Any]
-    directory: Path
-    attempt: int
-    """1 for the first."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a trial ended, or one attempt of it."""
-
-    kind: str
-    """One of `TuneConfig.retry_on`."""
-    cause: str
-    """One line."""
-    log: str = ""
-    """The attempt's log file."""
 
 
 Given = Callable[[int, optuna.samplers.BaseSampler, Space], dict[str, Any]]
@@ -164,14 +139,16 @@ class Ledger:
 
     def report(self, number: int, epoch: int, value: float, figures: dict[str, float]) -> bool:
         """Record what a trial has reached after an epoch. True: it is to be ended, as hopeless or as another's."""
-        if not self.sees_to(number):
+        trial = self._own_trial(number)
+        if trial is None:
             return True
-        earlier = [v for e, v in self._frozen(number).intermediate_values.items() if e < epoch]
+        earlier = [v for e, v in trial.intermediate_values.items() if e < epoch]
         # Of the first of the best epochs, as its weights are. A value without its figures would be of no use.
         if value not in earlier and self.better([*earlier, value]) == value:
             self._note(number, "figures", figures)
         self.storage.optuna.set_trial_intermediate_value(self._mine[number], epoch, value)
-        return self.study.pruner.prune(self.study, self._frozen(number))
+        trial.intermediate_values[epoch] = value
+        return self.study.pruner.prune(self.study, trial)
 
     def better(self, values: Iterable[float]) -> float:
         """The best of some values of the metric."""
@@ -211,12 +188,7 @@ class Ledger:
 
     def sees_to(self, number: int) -> bool:
         """Whether a trial is this driver's, and no other one has taken it over, which held this one for dead."""
-        if number not in self._mine:
-            return False
-        if self._frozen(number).user_attrs["attempts"][-1] != self._own:
-            del self._mine[number]
-            return False
-        return True
+        return self._own_trial(number) is not None
 
     def fail(self, number: int, failure: Failure) -> bool:
         """An attempt has failed. True: the trial will be begun again; else it is recorded as FAIL."""
@@ -322,6 +294,16 @@ class Ledger:
 
     def _note(self, number: int, name: str, value: Any) -> None:
         self.storage.optuna.set_trial_user_attr(self._mine[number], name, value)
+
+    def _own_trial(self, number: int) -> FrozenTrial | None:
+        """See `sees_to`."""
+        if number not in self._mine:
+            return None
+        trial = self._frozen(number)
+        if trial.user_attrs["attempts"][-1] == self._own:
+            return trial
+        del self._mine[number]
+        return None
 
     def _frozen(self, number: int) -> FrozenTrial:
         return self.storage.optuna.get_trial(self._mine[number])

@@ -21,16 +21,12 @@ from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from jobs.training.device import set_up_tensorflow
 from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, Workers, load_arrays, save_arrays
-from tuning.config import Cost
+from tuning.config import Cost, split
 from tuning.costs import measure_costs
 from tuning.gang import Gang
-from tuning.ledger import PROGRESS
-from tuning.population import milestone
-from tuning.slot import Epoch, NotFinite, Objective, TooCostly
-from tuning.space import split
+from tuning.slot import NotFinite, Objective, TooCostly
+from tuning.trial import BEST, PROGRESS, Epoch, milestone
 
-BEST = "best.npz"
-"""What a trial leaves in its directory beside PROGRESS: the weights of its best epoch where there is one model."""
 KEPT_MODELS = 3
 """Compiled models of different shapes that a slot keeps, where the search is over the model, too."""
 

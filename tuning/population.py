@@ -14,6 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tuning.config import TuneConfig
+from tuning.trial import milestone
 
 SUCCEEDS = "succeeds"
 """Attribute of a trial that goes on from another one: in whose place, whose, and after which epoch."""
@@ -58,11 +59,6 @@ def next_succession(
             parent = first[np.random.default_rng([seed, trial.number]).integers(len(first))]
             return {"trial": trial.number, "parent": parent.number, "epoch": epoch}
     return None
-
-
-def milestone(directory: Path, epoch: int) -> Path:
-    """What other trials may go on from: where a trial was after an epoch."""
-    return directory / f"epoch-{epoch}.npz"
 
 
 def _ranked(trials: Iterable[FrozenTrial], epoch: int, direction: StudyDirection) -> list[FrozenTrial]:

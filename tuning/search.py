@@ -27,16 +27,17 @@ from jobs.training.checkpoint import Checkpoint, read_state
 from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 from jobs.training.finetune import Start
 from tuning import first
-from tuning.config import SCRATCH, TuneConfig
+from tuning.config import SCRATCH, TuneConfig, split
 from tuning.engine import Told, run_trials
 from tuning.insight import front_of, settings_of, winner_of
 from tuning.ledger import Ledger, failures_of, params_of
-from tuning.objective import BEST, Finetuning, Material
+from tuning.objective import Finetuning, Material
 from tuning.population import SUCCEEDS
 from tuning.slot import Limits
-from tuning.space import Space, split
+from tuning.space import Space
 from tuning.storage import Storage, place_of
 from tuning.table import ENDS, TrialTable
+from tuning.trial import BEST
 
 
 @dataclass(frozen=True)

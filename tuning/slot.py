@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 
 from ray import tune
 
-from tuning.ledger import Failure
+from tuning.trial import Epoch, Failure
 
 LOOK_S = 0.1
 """How often the memory is looked at."""
@@ -46,17 +46,6 @@ class TooCostly(Exception):
 
     def __str__(self) -> str:
         return self.reason
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What a trial has reached."""
-
-    number: int
-    """1 for the first."""
-    value: float
-    figures: dict[str, float]
-    last: bool
 
 
 class Objective(Protocol):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from cluster.errors import RecipeError
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
-from tuning.config import MODEL, Dimension, Value, in_order, is_whole, may_change, setting
+from tuning.config import MODEL, Dimension, Value, in_order, is_whole, may_change, setting, split
 
 NEAR, ANEW = 0.1, 0.25
 SAMPLES = 16
@@ -136,12 +136,6 @@ def _moved(distribution: Any, value: float, share: float) -> Value:
             moved = low + distribution.step * (steps if steps != own else own + math.copysign(1, share))
     moved = float(np.clip(moved, low, high))
     return round(moved) if isinstance(distribution, optuna.distributions.IntDistribution) else moved
-
-
-def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of fine-tuning, and those of the model by their names there."""
-    model = {name.removeprefix(MODEL): value for name, value in params.items() if name.startswith(MODEL)}
-    return {name: value for name, value in params.items() if not name.startswith(MODEL)}, model
 
 
 def _axis(distribution: Any) -> list[Value]:

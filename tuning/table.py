@@ -11,8 +11,8 @@ from jobs.charts import settings
 from jobs.evaluation.metrics import Metric, title
 from jobs.evaluation.metrics import told as shown
 from tuning.engine import Told
-from tuning.ledger import PROGRESS, Ledger
-from tuning.objective import BEST
+from tuning.ledger import Ledger
+from tuning.trial import BEST, PROGRESS
 
 ENDS = ("complete", "pruned", "failed")
 """Outcomes after which a trial is not gone on with."""

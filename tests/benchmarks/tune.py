@@ -31,9 +31,10 @@ from tests.conftest import carry_out
 from tests.measure import run_benchmark, tree_memory_mb, unpacked
 
 TRIALS, SLOTS, SEEDS = 32, 2, int(os.environ.get("SEEDS", "5"))
-EPOCHS, WIDTH = 8, 16
-LABELLED, HELD_OUT = 1_000, 500
+EPOCHS, WIDTH = 6, 16
+LABELLED, HELD_OUT = 2_000, 500
 MODEL = {"backbone": "convnet", "width": WIDTH, "stages": 3, "norm": "batch"}
+STUDY = "plain"
 SPACE = {"learning_rate": (5e-4, 2e-2, True), "weight_decay": (1e-5, 5e-2, True), "label_smoothing": (0.0, 0.15, False)}
 """What makes no trial longer than another."""
 WIDE = {"learning_rate": (1e-5, 1.0, True), "weight_decay": (1e-6, 1.0, True), "label_smoothing": (0.0, 0.5, False)}
@@ -174,7 +175,11 @@ def _objective(arrays: Path) -> Callable[[dict[str, float], Callable[[int, float
 
 def _optuna_seconds(scratch: Path, arrays: Path) -> float:
     """Wall time of the search as two processes of plain Optuna."""
+    import optuna
+
     url = f"sqlite:///{scratch / 'optuna.db'}"
+    # Two processes that made its tables at once would get into each other's way.
+    optuna.create_study(study_name=STUDY, storage=url, direction="maximize")
     call = f"optuna_process({url!r}, {str(arrays)!r})"
     command = [sys.executable, "-c", f"from tests.benchmarks.tune import optuna_process; {call}"]
     began = time.perf_counter()
@@ -191,9 +196,7 @@ def optuna_process(url: str, arrays: str) -> None:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(multivariate=True, constant_liar=True)
-    study = optuna.create_study(
-        study_name="plain", storage=url, direction="maximize", sampler=sampler, load_if_exists=True
-    )
+    study = optuna.load_study(study_name=STUDY, storage=url, sampler=sampler)
     run = _objective(Path(arrays))
 
     def objective(trial: optuna.Trial) -> float:
@@ -268,7 +271,7 @@ def _memory(source: Path, place: list[str]) -> float:
                 _space(SPACE),
                 f"data.image_size={size}",
                 f"finetune.labels_fraction={images / 25_000}",
-                "finetune.epochs=1",
+                f"finetune.epochs={20_000 // images}",
                 "finetune.global_batch_size=200",
                 "model.width=8",
                 "model.stages=1",

@@ -26,3 +26,13 @@ def test_chance_and_certainty_are_finite() -> None:
     one_class = measure(np.array([[1.0, 0.0]], np.float32), np.array([1], np.int32))
     assert (one_class["accuracy"], one_class["auroc"], one_class["macro_f1"]) == (0.0, 0.5, 0.0)
     assert one_class["log_loss"] == pytest.approx(-np.log(LEAST))
+
+
+def test_auroc_is_the_one_of_scikit_learn_also_where_answers_tie() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 4, 200).astype(np.int32)
+    probabilities = np.round(generator.dirichlet(np.ones(5), 200), 1).astype(np.float32)
+    own = [roc_auc_score(labels == label, probabilities[:, label]) for label in range(4)]
+    assert measure(probabilities, labels)["auroc"] == pytest.approx(np.mean(own), abs=1e-12)

@@ -12,9 +12,7 @@ import ray
 from numpy.typing import NDArray
 
 from tests.tuning.small import EPOCHS, objective
-from tuning.ledger import PROGRESS
-from tuning.population import milestone
-from tuning.slot import Epoch
+from tuning.trial import PROGRESS, Epoch, milestone
 
 
 def run(made: Any, directory: Path, epochs: int | None = None, **params: Any) -> list[Epoch]:

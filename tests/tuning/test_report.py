@@ -18,10 +18,11 @@ from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
 from tuning.config import TuneConfig
 from tuning.insight import comparable, importances, in_words
-from tuning.ledger import Failure, Ledger
+from tuning.ledger import Ledger
 from tuning.report import report_command
 from tuning.space import Space
 from tuning.storage import Storage, place_of
+from tuning.trial import Failure
 
 EPOCHS, TRIALS = 4, 30
 SPACE = (

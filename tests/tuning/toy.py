@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tuning.ledger import PROGRESS
-from tuning.population import milestone
-from tuning.slot import Epoch, NotFinite
+from tuning.slot import NotFinite
+from tuning.trial import PROGRESS, Epoch, milestone
 
 EPOCHS = 9
 X, FAULT = "head_dropout", "unfrozen_stages"
