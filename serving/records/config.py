@@ -14,7 +14,7 @@ class RecordConfig(Section):
     """Keep the images too, as they were sent. Their SHA-256 is kept in any case."""
     keep_days: int | None = Field(default=30, ge=1)
     """Hours that are older are deleted; none: kept for ever. Corrections are never deleted."""
-    flush_s: float = Field(default=15.0, gt=0)
+    flush_s: float = Field(default=30.0, gt=0)
     """Seconds between two files of a replica, and so the most that is lost with one that is killed."""
     flush_rows: int = Field(default=10_000, ge=1)
     """A file is written sooner when so many predictions wait."""

@@ -1,7 +1,7 @@
 """Corrections that users send: on the disk before `Feedback.add` returns.
 
-Callers that come while the disk is at work wait for it together: the next of them writes all their lines and brings
-them to the disk at once (group commit), so that many callers cost hardly more than one.
+Callers that come while the disk is at work form a group, whose lines are then written and brought to the disk at once
+(group commit).
 """
 
 import difflib
@@ -9,7 +9,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,13 @@ SCHEMA = pa.schema(
 )
 
 
-class _Line:
-    """A correction on its way to the disk."""
+class _Group:
+    """Corrections that are brought to the disk together: the first caller of a group writes for all of it."""
 
-    def __init__(self, hour: str, text: str) -> None:
-        self.hour = hour
-        # Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes a question mark.
-        self.data = text.encode(errors="replace") + b"\n"
+    def __init__(self) -> None:
+        self.lines: dict[str, list[bytes]] = defaultdict(list)
+        """By hour."""
+        self.ended = threading.Event()
         self.stored = False
         self.error: OSError | None = None
 
@@ -53,8 +54,8 @@ class Feedback:
 
     def __init__(self, directory: Path, replica: str, clock: Callable[[], float] = time.time) -> None:
         self._root, self._replica, self._clock = directory / "feedback", replica, clock
-        self._queueing, self._writing = threading.Lock(), threading.Lock()
-        self._queue: list[_Line] = []
+        self._joining, self._writing = threading.Lock(), threading.Lock()
+        self._group = _Group()
         self._hour = ""
         self._file: int | None = None
 
@@ -81,44 +82,50 @@ class Feedback:
             "comment": comment,
             "who": pseudonym(who),
         }
-        line = _Line(hour_name(at), json.dumps(entry, ensure_ascii=False))
-        with self._queueing:
-            self._queue.append(line)
-        with self._writing:
-            # Whoever held this lock before may have written the line with its own.
-            if not line.stored and line.error is None:
-                with self._queueing:
-                    batch, self._queue = self._queue, []
-                self._commit(batch)
-        if not line.stored:
-            raise line.error or OSError("the correction was not stored")
+        # Half of a surrogate pair, which JSON can carry and UTF-8 cannot, becomes a question mark.
+        line = json.dumps(entry, ensure_ascii=False).encode(errors="replace") + b"\n"
+        with self._joining:
+            group = self._group
+            first = not group.lines
+            group.lines[hour_name(at)].append(line)
+        if first:
+            self._commit(group)
+        else:
+            group.ended.wait()
+        if not group.stored:
+            raise OSError("the correction was not stored") from group.error
 
     def close(self) -> None:
         """Close the file; the next correction opens it again."""
         with self._writing:
             self._close()
 
-    def _commit(self, batch: Sequence[_Line]) -> None:
-        for hour in sorted({line.hour for line in batch}):
-            lines = [line for line in batch if line.hour == hour]
-            try:
-                self._write(hour, b"".join(line.data for line in lines))
-            except OSError as error:
-                # The file may end anywhere now. When it is opened anew, what follows begins a line.
-                self._close()
-                for line in lines:
-                    line.error = error
-            else:
-                for line in lines:
-                    line.stored = True
+    def _commit(self, group: _Group) -> None:
+        try:
+            # Others join the group for as long as the one before it is being written.
+            with self._writing:
+                with self._joining:
+                    self._group = _Group()
+                for hour, lines in sorted(group.lines.items()):
+                    self._write(hour, b"".join(lines))
+                group.stored = True
+        except OSError as error:
+            group.error = error
+        finally:
+            group.ended.set()
 
     def _write(self, hour: str, data: bytes) -> None:
         if self._file is None or hour != self._hour:
             self._close()
             self._file, self._hour = self._open(self._root / hour), hour
-        while data:
-            data = data[os.write(self._file, data) :]
-        os.fsync(self._file)
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError:
+            # The file may end anywhere now. When it is opened anew, what follows begins a line.
+            self._close()
+            raise
 
     def _open(self, directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True)

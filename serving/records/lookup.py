@@ -23,6 +23,9 @@ from serving.records.log import SCHEMA
 READERS = 8
 """Files that are looked at at once: on a file server most of the time is waiting."""
 
+SMALL = 2 * 2**20
+"""Bytes of a file that is searched for an id as it is, a tenth of the work of opening it as Parquet."""
+
 COLUMNS = [field.name for field in SCHEMA if field.name != "image_data"]
 
 
@@ -112,6 +115,11 @@ def _search(hours: Iterable[Path], request_id: str) -> Lookup:
 def _rows(path: Path, request_id: str) -> list[dict[str, Any]]:
     """The rows of a file with this request id."""
     rows: list[dict[str, Any]] = []
+    if path.stat().st_size <= SMALL:
+        content = path.read_bytes()
+        # The log does not compress ids. A damaged file is left to the Parquet reader to refuse.
+        if content.endswith(b"PAR1") and request_id.encode(errors="replace") not in content:
+            return rows
     with pq.ParquetFile(path) as file:
         place = file.schema_arrow.get_field_index("request_id")
         for group in range(file.num_row_groups):

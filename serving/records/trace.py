@@ -110,7 +110,13 @@ def _registered(storage: Path, answered: dict[str, str], notes: list[str]) -> di
     """What the registry's tags tell of a version whose bundle is gone."""
     if not (storage / "mlflow.db").exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
         return {}
-    tags: dict[str, Any] = Registry(storage).tags(answered["model"], answered["version"])
+    from mlflow.exceptions import MlflowException
+
+    try:
+        tags: dict[str, Any] = Registry(storage).tags(answered["model"], answered["version"])
+    except MlflowException as error:
+        notes.append(f"the registry does not answer: {error}")
+        return {}
     if tags.get("bundle_digest") != answered["digest"]:
         return {}
     notes.append("the registry's tags are used in place of the bundle's manifest")
@@ -132,8 +138,10 @@ def _run(storage: Path, made: dict[str, Any], notes: list[str]) -> dict[str, Any
 
 def _pretraining(made: dict[str, Any], notes: list[str]) -> dict[str, Any] | None:
     checkpoint = made.get("checkpoint")
-    if checkpoint is None or checkpoint == "scratch":
+    if checkpoint is None:
         return None
+    if checkpoint == "scratch":
+        return {"checkpoint": checkpoint}
     # <storage>/runs/<run>/pretrain/checkpoints/<step>
     parts = Path(checkpoint).parts
     known = {
@@ -231,11 +239,12 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
         lines.append(f"  run           {run['name']}" + (f" ({versions})" if versions else ""))
     if search["trial"] is not None:
         lines.append(f"  search        trial {search['trial']}" + (f" of {search['study']}" if search["study"] else ""))
-    if start := model["pretraining"]:
+    start = model["pretraining"]
+    if start and start["checkpoint"] == "scratch":
+        lines.append("  pre-training  none: trained from scratch")
+    elif start:
         method = f"{start['method']}, step {start['step']}, " if "method" in start else ""
         lines.append(f"  pre-training  {method}run {start['run']}, checkpoint {start['checkpoint']}")
-    elif recipe["digest"]:
-        lines.append("  pre-training  none: trained from scratch")
     if data := model["dataset"]:
         images = f", {data['images']:,} images of {data['source']}" if "images" in data else ""
         lines.append(f"  data set      {data['directory'] or '?'}, fingerprint {_short(data['fingerprint'])}{images}")

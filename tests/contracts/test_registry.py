@@ -70,6 +70,11 @@ class TestRegistryContract:
         with pytest.raises(CheckpointError, match="was changed or damaged"):
             version.open()
 
+    def test_the_lineage_of_a_version_is_kept(self, registry: Registry, tmp_path: Path) -> None:
+        version = registry.register("tagged", _bundle(tmp_path, "bundle"), {"run": "ants-1"})
+        assert registry.tags("tagged", version.version) == {"run": "ants-1", "bundle_digest": version.digest}
+        assert registry.tags("tagged", "99") == registry.tags("nobody", "1") == {}
+
     def test_what_is_not_there_is_said_with_its_mend(self, registry: Registry) -> None:
         assert registry.find("nobody", "champion") is None
         with pytest.raises(HelioError, match=r"model nobody has no champion in the registry .*: run `helio run`"):

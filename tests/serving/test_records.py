@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cluster.errors import HelioError
 from cluster.output import Output
 from cluster.run import write_json
 from jobs.bundle import Bundle
-from jobs.registry import ModelVersion
+from jobs.registry import ModelVersion, Registry
 from jobs.training.checkpoint import State
 from serving.records.config import RecordConfig
 from serving.records.feedback import Feedback, read_feedback
@@ -348,11 +348,17 @@ def test_a_correction_that_the_disk_does_not_take_is_not_acknowledged(tmp_path: 
     feedback = Feedback(tmp_path, "a", clock)
     obstacle = tmp_path / "feedback"
     obstacle.write_text("where the directory should be")
-    with pytest.raises(OSError):
-        feedback.add("r1", "cat", CLASSES)
+
+    def refused(number: int) -> bool:
+        with pytest.raises(OSError, match="not stored"):
+            feedback.add(f"r{number}", "cat", CLASSES)
+        return True
+
+    with ThreadPoolExecutor(8) as callers:
+        assert all(callers.map(refused, range(100)))
     obstacle.unlink()
-    feedback.add("r2", "cat", CLASSES)
-    assert read_feedback(tmp_path).column("request_id").to_pylist() == ["r2"]
+    feedback.add("after", "cat", CLASSES)
+    assert read_feedback(tmp_path).column("request_id").to_pylist() == ["after"]
 
 
 @pytest.fixture
@@ -470,6 +476,19 @@ def test_an_id_of_the_clients_own_is_found_with_all_its_images(storage: Path, an
     assert len(found["models"]) == 1
 
 
+def test_every_request_of_a_large_file_is_found(storage: Path, clock: Clock) -> None:
+    """Ids are looked for in a file's bytes, which must not be compressed however well they could be."""
+    log = PredictionLog(record_directory(storage, "birds"), "a", RecordConfig(), clock)
+    ids = [f"customer-of-the-shop-{number:06}" for number in range(5000)]
+    for request_id in ids:
+        log.add(record(request_id))
+    log.close()
+    (path,) = (storage / "serving" / "birds" / "predictions").rglob("*.parquet")
+    for request_id in (ids[0], ids[2500], ids[-1]):
+        assert request_id.encode() in path.read_bytes()
+        assert len(trace(storage, request_id)["predictions"]) == 1
+
+
 def test_an_id_whose_time_is_wrong_is_found_all_the_same(storage: Path, clock: Clock) -> None:
     """A client may make ids of the same form by a clock of its own."""
     request_id = new_request_id(lambda: NOON - 86_400 * 365)
@@ -491,6 +510,30 @@ def test_what_is_gone_is_named_and_the_rest_is_told(storage: Path, answered: str
     assert found["predictions"][0]["label"] == "bee"
     assert any("is no bundle" in note for note in found["notes"])
     assert any("b-0.parquet cannot be read" in note for note in found["notes"])
+
+
+def test_the_registry_tells_what_the_bundle_no_longer_can(
+    storage: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    bundle = Bundle.open(storage / "bundles" / "birds")
+    tags = {"run": "birds-20261120-120000", "trial": "5", "dataset_fingerprint": "12" * 32, "checkpoint": "scratch"}
+    version = Registry(storage).register("birds", bundle, tags)
+    log = PredictionLog(record_directory(storage, "birds"), "a", RecordConfig(), clock)
+    log.add(record("r1", version=version))
+    log.add(record("r2", version=replace(version, digest="00" * 32)))
+    log.close()
+    shutil.rmtree(bundle.directory)
+    found = trace(storage, "r1")
+    (model,) = found["models"]
+    assert (model["run"]["name"], model["search"]["trial"]) == ("birds-20261120-120000", "5")
+    assert model["dataset"]["fingerprint"] == "12" * 32
+    assert "the registry's tags are used in place of the bundle's manifest" in found["notes"]
+    output = Output()
+    output.results = io.StringIO()
+    trace_command("r1", storage, False, output)
+    assert "pre-training  none: trained from scratch" in output.results.getvalue()
+    assert trace(storage, "r2")["models"][0]["run"] is None, "another bundle was registered as that version"
 
 
 def test_a_correction_whose_prediction_was_not_kept_is_told(storage: Path, answered: str) -> None:
