@@ -275,8 +275,9 @@ wrk.method, wrk.body = "POST", file:read("*a")
 wrk.headers["Content-Type"] = "{type}"
 function done(summary, latency, requests)
     local e = summary.errors
-    io.write(string.format("found %f %f %f %d\\n", summary.requests / summary.duration * 1e6,
-        latency:percentile(50) / 1000, latency:percentile(99) / 1000, e.connect + e.read + e.write + e.status + e.timeout))
+    local failed = e.connect + e.read + e.write + e.status + e.timeout
+    local rate, p50, p99 = summary.requests / summary.duration * 1e6, latency:percentile(50), latency:percentile(99)
+    io.write(string.format("found %f %f %f %d\\n", rate, p50 / 1000, p99 / 1000, failed))
 end
 """
 
