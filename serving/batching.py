@@ -160,7 +160,7 @@ def batch_sizes(largest: int) -> list[int]:
 def batch_of(waiting: int, sizes: Sequence[int]) -> int:
     """How many of those that wait are taken: all that fit, but never so few that padding would be a quarter of it."""
     larger = next((size for size in sizes if size >= waiting), sizes[-1])
-    if waiting > PADDED_FROM * larger:
+    if waiting >= PADDED_FROM * larger:
         return min(waiting, larger)
     return max(size for size in sizes if size <= waiting)
 
