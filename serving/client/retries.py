@@ -1,0 +1,79 @@
+"""When a request is sent again."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.errors import EndpointError
+from serving.client.answers import Lost, NotReached, Reply
+
+Outcome = Reply | EndpointError
+"""What one try came to."""
+
+
+@dataclass(frozen=True)
+class Retries:
+    """When a request is sent again. The same rules hold for every call of both clients.
+
+    - 503 and a connection that is refused: nothing has been begun. Again, up to `most` times.
+    - 429: the same, if the answer names a time in `Retry-After` and that is at most `longest_wait_s`.
+    - A connection lost on the way: once more, since the request may have been what broke it. Nothing happens twice:
+      a prediction changes nothing, a correction says the same again, and all tries carry the same `x-request-id`.
+      Of a stream only the images that had no answer yet are asked for, as a request of their own.
+    - Any other answer, and silence until the deadline: never.
+
+    Before a try passes what `Retry-After` says (seconds or an HTTP date), and on top of it a back-off that doubles
+    from `backoff_s` up to `longest_backoff_s`, drawn between a half and the whole of that. A call with all its tries
+    keeps the client's `timeout_s`: a wait that would end later is not begun, and the last outcome is the call's.
+    """
+
+    most: int = 5
+    """Tries after the first."""
+    backoff_s: float = 0.1
+    longest_backoff_s: float = 5.0
+    longest_wait_s: float = 10.0
+    """What a rate limit is waited out for."""
+
+
+class Tries:
+    """The tries of one request, which end at `deadline` on the clock of `time.monotonic`."""
+
+    def __init__(
+        self,
+        rules: Retries,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._rules = rules
+        self._deadline = deadline
+        self._clock = clock
+        self._wall = wall
+        self._again = 0
+        self._lost = False
+
+    def wait_s(self, outcome: Outcome) -> float | None:
+        """How long to wait before the next try; None when there is none, and `outcome` is the call's."""
+        asked = 0.0
+        if isinstance(outcome, Reply):
+            named = outcome.retry_after_s(self._wall)
+            if outcome.status == 429:
+                if named is None or named > self._rules.longest_wait_s:
+                    return None
+            elif outcome.status != 503:
+                return None
+            asked = named or 0.0
+        elif isinstance(outcome, Lost):
+            if self._lost:
+                return None
+            self._lost = True
+        elif not isinstance(outcome, NotReached):
+            return None
+        if self._again >= self._rules.most:
+            return None
+        backoff = min(self._rules.backoff_s * 2 ** min(self._again, 30), self._rules.longest_backoff_s)
+        self._again += 1
+        # A crowd that was refused in one moment must not come back in one.
+        wait = asked + backoff * random.uniform(0.5, 1.0)
+        return wait if self._clock() + wait < self._deadline else None
