@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: its own)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON document")
     _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
+    _add_keys(commands.add_parser("keys", help="make, list and revoke the API keys of an endpoint"))
+    trace = commands.add_parser("trace", help="the way from an answer back to bundle, trial, data set and recipe")
+    trace.add_argument("request_id", metavar="REQUEST_ID", help="as the answer has it")
+    _add_place(trace)
     _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
@@ -89,6 +93,32 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("--bundle", metavar="DIR", help="label with this bundle instead of the registry's champion")
     command.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all)")
     command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_keys(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a key; its secret is printed once")
+    listed = actions.add_parser("list", help="one line for each key")
+    revoke = actions.add_parser("revoke", help="refuse a key from the next request on")
+    for action in (create, listed, revoke):
+        action.add_argument("model", metavar="RECIPE", help="whose endpoint: a recipe, or the name of its model")
+    revoke.add_argument("key", metavar="KEY", help="its id, as in helio keys list")
+    revoke.add_argument("--why", required=True, help="kept with the key")
+    create.add_argument("--name", required=True, help="for whom or what it is")
+    create.add_argument("--scope", action="append", help="predict, feedback, status or admin; one each")
+    create.add_argument("--expires", metavar="WHEN", help="30d, 12h, a date (UTC) or never (default)")
+    create.add_argument("--rate", metavar="N/s", help="requests a second, as 5/s")
+    create.add_argument("--burst", type=int, metavar="N", help="requests at once (default: those of a second)")
+    create.add_argument("--quota", metavar="N/PERIOD", help="images, as 1000/day, 1000/month or 1000/total")
+    create.add_argument("--trial", action="store_true", help="a key to try the endpoint with, small and short-lived")
+    for action in (create, listed, revoke):
+        _add_place(action)
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="profile.key=value")
+    command.add_argument("--profile", help="whose storage: a file, or the name of a shipped profile (default: local)")
     command.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -161,6 +191,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _data(arguments, output)
     if arguments.command == "evaluate":
         return _evaluate(arguments, output)
+    if arguments.command in ("keys", "trace"):
+        return _look_at_endpoint(arguments, output)
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -270,6 +302,40 @@ def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     progress = RunProgress(output.messages)
     run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
     code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
+    return code
+
+
+def _look_at_endpoint(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+
+    profile, others = _profile(arguments)
+    if others:
+        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {others[0]}")
+    storage, code = (profile or load_profile("local")).storage_path, 0
+    if arguments.command == "trace":
+        code = catalog.load("serving.records.trace:trace_command")(
+            arguments.request_id, storage, arguments.json, output
+        )
+    elif arguments.action == "create":
+        code = catalog.load("serving.keys_command:create_command")(
+            arguments.model,
+            storage,
+            arguments.name,
+            arguments.scope,
+            arguments.expires,
+            arguments.rate,
+            arguments.burst,
+            arguments.quota,
+            arguments.trial,
+            arguments.json,
+            output,
+        )
+    elif arguments.action == "list":
+        code = catalog.load("serving.keys_command:list_command")(arguments.model, storage, arguments.json, output)
+    else:
+        code = catalog.load("serving.keys_command:revoke_command")(
+            arguments.model, storage, arguments.key, arguments.why, arguments.json, output
+        )
     return code
 
 

@@ -13,7 +13,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ServeConfig(Section):
     """The HTTP endpoint and how it scales."""
 
-    keys: Literal["auto", "on", "off"] = "auto"
+    keys: Literal["auto", "required", "none"] = "auto"
     """Whether requests want an API key (`helio keys create`). auto: only where `host` is not this machine's own."""
     records: RecordConfig = RecordConfig()
     host: str = "127.0.0.1"
@@ -52,7 +52,7 @@ class ServeConfig(Section):
     @property
     def wants_keys(self) -> bool:
         """Whether requests want a key."""
-        return self.keys == "on" or (self.keys == "auto" and not self.is_local)
+        return self.keys == "required" or (self.keys == "auto" and not self.is_local)
 
     @model_validator(mode="after")
     def _replica_range(self) -> "ServeConfig":
