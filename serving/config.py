@@ -38,7 +38,7 @@ class ServeConfig(Section):
     max_pixels: int = Field(default=50_000_000, ge=1, le=100_000_000)
     """Height times width of an image as it is sent."""
     request_timeout_s: float = Field(default=30.0, gt=0)
-    """How long a request may take, also to arrive; past it the answer is 504, or 408 for one that never came whole."""
+    """How long a request may take, also to arrive; past it the answer is 504."""
     top_k: int = Field(default=5, ge=1)
     """Labels in an answer."""
     check_images: int = Field(default=50, ge=1)

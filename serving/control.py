@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from cluster.run import write_json
 from serving.admission import Admission, Ask
 from serving.keys import KeyStore, control_db
@@ -20,6 +22,8 @@ from serving.metrics.merged import Merged
 
 GONE_AFTER_S = 10.0
 """A replica that has told nothing for so long is no more."""
+HEARD_WITHIN_S = 3.0
+"""All replicas that live have told their counts after so long."""
 NAME = "helio-control"
 
 
@@ -34,6 +38,9 @@ class Control:
         self._counts = database.with_name("counts.json")
         self._merged = Merged(self._earlier())
         self._heard: dict[str, float] = {}
+        self._complete_at = 0.0
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._complete_at = time.monotonic() + HEARD_WITHIN_S
         self._asked: list[tuple[Sequence[Ask], asyncio.Future[list[Admission]]]] = []
 
     async def admit(self, asked: Sequence[Ask]) -> list[Admission]:
@@ -77,13 +84,14 @@ class Control:
         write_json(self._counts, {"started": self._started, "state": self._merged.state()})
 
     async def text(self, accept: str) -> tuple[bytes, str]:
-        """Metrics for Prometheus, and their content type."""
+        """Metrics for Prometheus, and their content type. Begun again, it waits for all replicas: no counter falls."""
+        await asyncio.sleep(self._complete_at - time.monotonic())
         return self._merged.text(self._model, {"running": len(self._merged.replicas)}, None, accept)
 
     async def status(self, version: str) -> dict[str, Any]:
         """How many replicas there are, and what they have answered."""
         return {
-            "replicas": {"running": len(self._merged.replicas), "starting": 0},
+            "replicas": {"running": len(self._merged.replicas)},
             "arms": {"champion": self._merged.counts(self._model, version, "champion").summary()},
         }
 

@@ -45,8 +45,11 @@ class Link:
 
     async def refund(self, admission: Admission, images: int) -> None:
         """Give back what a request has taken that was not answered."""
-        if admission.key_id is not None:
+        try:
             await self._control.refund.remote(admission.key_id, images, admission.at)
+        except Exception:
+            # The request is answered all the same; its images stay counted.
+            logging.getLogger("ray.serve").exception("images of %s were not given back", admission.key_id)
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """Call another method of the control actor. Raises Refusal where it does not answer."""
