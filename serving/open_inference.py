@@ -13,14 +13,14 @@ Every error is `{"error": "..."}`.
 
 import base64
 import json
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match, Route
 
 from serving.open_inference_tensors import (
     OUTPUTS,
@@ -39,42 +39,49 @@ from serving.open_inference_tensors import (
 from serving.upload import Refusal
 
 JSON_LENGTH = "inference-header-content-length"
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+PATH = re.compile(
+    r"/v2(?:/|/health/(?P<health>live|ready)"
+    r"|/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<act>/ready|/infer)?)?"
+)
 
-Handler = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
 
-def routes(model_of: Callable[[Request], Awaitable[Model]], max_images: int) -> list[Route]:
-    """The protocol's paths, for a Starlette or FastAPI application.
+class OpenInference:
+    """Answers the protocol's requests.
 
-    `model_of` gives the model that answers a request, and raises Refusal where none may. Its `path_params` may have
-    a `version`. The server's metadata, liveness and readiness are answered without it.
+    `model_of(request, version)` gives the model that answers a request, which may be for a version or, where that is
+    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered
+    without it.
     """
 
-    async def named(request: Request) -> Model:
-        model = await model_of(request)
-        check_name(model, request.path_params["name"], request.path_params.get("version", ""))
-        return model
+    def __init__(self, model_of: Callable[[Request, str], Awaitable[Model]], max_images: int) -> None:
+        self._model_of, self._max_images = model_of, max_images
 
-    async def describe_server(_: Request) -> Response:
-        return JSONResponse(server_metadata())
+    async def respond(self, request: Request) -> Response:
+        """The answer to a request below /v2.
 
-    async def live(_: Request) -> Response:
-        return JSONResponse({"live": True})
+        Raises Refusal and HTTPException for what is refused, which `error_response` turns into the protocol's form.
+        """
+        path = PATH.fullmatch(request.scope["path"])
+        if path is None:
+            raise HTTPException(404, "this is no path of the Open Inference Protocol")
+        method = "POST" if path["act"] == "/infer" else "GET"
+        if request.method != method:
+            raise HTTPException(405, f"this path takes {method}", {"allow": method})
+        if path["health"]:
+            return JSONResponse({path["health"]: True})
+        if not path["name"]:
+            return JSONResponse(server_metadata())
+        version = path["version"] or ""
+        model = await self._model_of(request, version)
+        check_name(model, path["name"], version)
+        if path["act"] == "/infer":
+            return await self._infer(request, model)
+        return JSONResponse({"name": model.name, "ready": True} if path["act"] else model_metadata(model))
 
-    async def ready(_: Request) -> Response:
-        return JSONResponse({"ready": True})
-
-    async def describe_model(request: Request) -> Response:
-        return JSONResponse(model_metadata(await named(request)))
-
-    async def model_ready(request: Request) -> Response:
-        return JSONResponse({"name": (await named(request)).name, "ready": True})
-
-    async def answer(request: Request) -> Response:
-        model = await named(request)
-        wanted = _read(await request.body(), _json_length(request), model, max_images)
+    async def _infer(self, request: Request, model: Model) -> Response:
+        wanted = _read(await request.body(), _json_length(request), model, self._max_images)
         answers = await model.predict(wanted.images)
         about: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
         if wanted.id is not None:
@@ -82,40 +89,10 @@ def routes(model_of: Callable[[Request], Awaitable[Model]], max_images: int) -> 
         about["parameters"] = {"request_id": answers.request_id}
         return _response(about, outputs_of(wanted.outputs, model, answers), wanted.raw)
 
-    async def otherwise(request: Request) -> Response:
-        near = [route for route in known if route.matches(request.scope)[0] is Match.PARTIAL]
-        if not near:
-            raise Refusal(404, "not_found", f"{request.url.path} is no path of the Open Inference Protocol")
-        allowed = ", ".join(sorted(near[0].methods or ()))
-        text = f"{request.url.path} does not answer {request.method}: use {allowed}"
-        return JSONResponse({"error": text}, 405, headers={"Allow": allowed})
 
-    known = [Route(path, _guarded(describe_server)) for path in ("/v2", "/v2/")]
-    known += [Route("/v2/health/live", _guarded(live)), Route("/v2/health/ready", _guarded(ready))]
-    for path in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
-        known += [
-            Route(path, _guarded(describe_model)),
-            Route(f"{path}/ready", _guarded(model_ready)),
-            Route(f"{path}/infer", _guarded(answer), methods=["POST"]),
-        ]
-    others = [Route(path, _guarded(otherwise), methods=METHODS) for path in ("/v2", "/v2/{rest:path}")]
-    return [*known, *others]
-
-
-def _guarded(handler: Handler) -> Handler:
-    """Errors as the protocol has them."""
-
-    async def guarded(request: Request) -> Response:
-        try:
-            return await handler(request)
-        except Refusal as error:
-            return JSONResponse({"error": error.message}, error.status)
-        except Exception:
-            logging.getLogger("ray.serve").exception("request %s failed", request.headers.get("x-request-id"))
-            text = "the endpoint failed on this request; its log has the details under the request's id"
-            return JSONResponse({"error": text}, 500)
-
-    return guarded
+def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error in the protocol's form."""
+    return JSONResponse({"error": message}, status, headers)
 
 
 def _json_length(request: Request) -> int | None:
@@ -185,7 +162,7 @@ def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
             found.append(Tensor(name, datatype, shape, rest[:size]))
             rest = rest[size:]
         else:
-            raise _bad(f"binary_data_size is {size}, and {len(rest)} bytes are left behind the JSON")
+            raise _bad(f"binary_data_size does not fit the {len(rest)} bytes that are left behind the JSON")
     if rest:
         raise _bad(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
     return found

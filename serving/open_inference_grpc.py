@@ -36,10 +36,14 @@ STATUS = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """What a Refusal's HTTP status is in gRPC; any other one is INVALID_ARGUMENT."""
+
+LOOPBACK = ("ipv4:127.", "ipv6:[::1]:", "ipv6:%5B::1%5D:")
+"""How gRPC names callers on the same machine."""
 
 VALUES = {"BYTES": "bytes_contents", "FP32": "fp32_contents", "UINT8": "uint_contents"}
 """Where a tensor has its values that are not raw."""
@@ -86,12 +90,16 @@ def _guarded(method: Method) -> Method:
 class InferenceService:
     """Answers the protocol's calls.
 
-    `model_of` gives the model that answers a call, and raises Refusal where none may. The server's metadata, liveness
-    and readiness are answered without it. Serve finds a method by its name, and gives the context by its own.
+    `model_of(context, version)` gives the model that answers a call, which may be for a version or, where that is
+    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered without
+    it. `local_only` refuses callers on other machines: a replica of Serve listens for calls on every address, also
+    where the endpoint is at a loopback one. Serve finds a method by its name, and gives the context by its own.
     """
 
-    def __init__(self, model_of: Callable[[Context], Awaitable[Model]], max_images: int) -> None:
-        self.__model_of, self.__max_images = model_of, max_images
+    def __init__(
+        self, model_of: Callable[[Context, str], Awaitable[Model]], max_images: int, local_only: bool = False
+    ) -> None:
+        self.__model_of, self.__max_images, self.__local_only = model_of, max_images, local_only
 
     async def ServerLive(
         self, request: messages.ServerLiveRequest, grpc_context: Context
@@ -149,7 +157,9 @@ class InferenceService:
         return response
 
     async def __named(self, name: str, version: str, context: Context) -> Model:
-        model = await self.__model_of(context)
+        if self.__local_only and not context.peer().startswith(LOOPBACK):
+            raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
+        model = await self.__model_of(context, version)
         check_name(model, name, version)
         return model
 

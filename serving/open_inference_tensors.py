@@ -164,8 +164,7 @@ def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[byt
     if not fits or shape[0] < 1:
         raise _bad(f"input {tensor.name} has the shape {wanted} with n of 1 or more, got {_shown(list(shape))}")
     if shape[0] > most:
-        text = f"the request has {shape[0]} images and {most} are read at once: send fewer"
-        raise Refusal(413, "too_many_images", text)
+        raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
     return _encoded_images(tensor) if tensor.name == "image" else _pixels(tensor, shape)
 
 
@@ -178,7 +177,7 @@ def checked(asked: Sequence[Asked]) -> Sequence[Asked]:
         if output.classification and output.name != "probabilities":
             raise _bad(f"output {output.name} has no classification: ask it of probabilities")
         if output.classification < 0:
-            raise _bad(f"classification must be a number of classes, got {output.classification}")
+            raise _bad(f"classification must be a number of classes, got {_shown(output.classification)}")
     return asked or [Asked(name) for name in OUTPUTS]
 
 

@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import jsonschema
@@ -24,7 +25,9 @@ import uvicorn
 import yaml
 from fastapi import FastAPI
 from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -63,17 +66,16 @@ class Fake:
         probabilities, embedding = numbers(pixels)
         return Answers(probabilities, embedding, f"request of {len(images)}")
 
-    async def for_request(self, request: Request) -> "Fake":
-        self.check_key(request.headers.get("authorization"))
-        return self
+    async def for_request(self, request: Request, version: str) -> "Fake":
+        return self.for_key(request.headers.get("authorization"), version)
 
-    async def for_call(self, context: open_inference_grpc.Context) -> "Fake":
-        self.check_key(dict(context.invocation_metadata()).get("authorization"))
-        return self
+    async def for_call(self, context: open_inference_grpc.Context, version: str) -> "Fake":
+        return self.for_key(dict(context.invocation_metadata()).get("authorization"), version)
 
-    def check_key(self, key: str | None) -> None:
+    def for_key(self, key: str | None, version: str) -> "Fake":
         if key == "wrong":
             raise Refusal(401, "bad_key", "this key is not known: ask for another")
+        return replace(self, version="8") if version == "8" else self
 
 
 def numbers(pixels: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -89,6 +91,24 @@ PIXELS = np.stack([decode_to_size(image, IMAGE_SIZE) for image in PICTURES])
 PROBABILITIES, EMBEDDING = numbers(PIXELS)
 LABELS = [CLASSES[place] for place in PROBABILITIES.argmax(axis=1)]
 EXPECTED = {"probabilities": PROBABILITIES, "embedding": EMBEDDING, "label": np.array(LABELS, object)}
+
+
+def application(protocol: open_inference.OpenInference) -> FastAPI:
+    """It stands for the endpoint's own, which answers errors of every path."""
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "DELETE"])
+    async def respond(request: Request) -> Response:
+        try:
+            return await protocol.respond(request)
+        except Refusal as error:
+            return open_inference.error_response(error.message, error.status)
+        except HTTPException as error:
+            return open_inference.error_response(error.detail, error.status_code, error.headers)
+        except RuntimeError:
+            return open_inference.error_response("its log has the details", 500)
+
+    return app
 
 
 @dataclass(frozen=True)
@@ -107,10 +127,11 @@ def servers() -> Iterator[Servers]:
 
     async def serve() -> None:
         calls = grpc.aio.server()
-        open_inference_grpc.add_to_server(open_inference_grpc.InferenceService(model.for_call, MOST), calls)
+        service = open_inference_grpc.InferenceService(model.for_call, MOST, local_only=True)
+        open_inference_grpc.add_to_server(service, calls)
         port = calls.add_insecure_port("127.0.0.1:0")
         await calls.start()
-        app = FastAPI(routes=open_inference.routes(model.for_request, MOST))
+        app = application(open_inference.OpenInference(model.for_request, MOST))
         web = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", ws="none"))
         serving = asyncio.create_task(web.serve())
         while not web.started:
@@ -333,7 +354,7 @@ def test_a_request_may_ask_for_all_outputs_raw(servers: Servers) -> None:
 def test_http_says_what_is_there(http: Any) -> None:
     assert http.is_server_live() and http.is_server_ready()
     assert http.is_model_ready("tiny") and http.is_model_ready("tiny", "7")
-    assert not http.is_model_ready("other") and not http.is_model_ready("tiny", "8")
+    assert not http.is_model_ready("other") and not http.is_model_ready("tiny", "9")
     server = http.get_server_metadata()
     assert server["name"] == "helio" and set(server["extensions"]) == {"binary_tensor_data", "classification"}
     assert http.get_model_metadata("tiny", "7") == MODEL_METADATA
@@ -364,6 +385,15 @@ def test_grpc_says_the_same(http: Any, grpc_client: Any) -> None:
     for tensor in found["inputs"] + found["outputs"]:
         tensor["shape"] = [int(length) for length in tensor["shape"]]
     assert found == MODEL_METADATA
+
+
+def test_a_version_is_asked_for_by_its_number(http: Any, grpc_client: Any) -> None:
+    assert http.get_model_metadata("tiny", "8") == MODEL_METADATA | {"versions": ["8"]}
+    assert grpc_client.get_model_metadata("tiny", "8").versions == ["8"]
+    inputs = filled(tritonclient.http.InferInput, "image", "BYTES", as_bytes(PICTURES[:1]))
+    assert http.infer("tiny", inputs, model_version="8").get_response()["model_version"] == "8"
+    inputs = filled(tritonclient.grpc.InferInput, "image", "BYTES", as_bytes(PICTURES[:1]))
+    assert grpc_client.infer("tiny", inputs, model_version="8").get_response().model_version == "8"
 
 
 def image_input(**changes: Any) -> dict[str, Any]:
@@ -397,7 +427,7 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "no image": ({"inputs": [image_input(shape=[0], data=[])]}, 400, "with n of 1 or more, got [0]"),
     "fewer images": ({"inputs": [image_input(shape=[2])]}, 400, "the shape [2] and 1 elements"),
     "negative": ({"inputs": [image_input(shape=[-1])]}, 400, "with n of 1 or more"),
-    "too many": ({"inputs": [image_input(shape=[MOST + 1])]}, 413, f"has {MOST + 1} images and {MOST} are read"),
+    "too many": ({"inputs": [image_input(shape=[MOST + 1])]}, 413, f"more than the {MOST} images"),
     "no data": ({"inputs": [without(image_input(), "data")]}, 400, "an input has no data"),
     "no base64": ({"inputs": [image_input(data=["%%"])]}, 400, "must be base64 strings"),
     "no string": ({"inputs": [image_input(data=[7])]}, 400, "must be base64 strings"),
@@ -414,7 +444,7 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "scaled": ({"inputs": [pixel_input(data=[0.5] * PIXELS[0].size)]}, 400, "whole numbers from 0 to 255"),
     "words": ({"inputs": [pixel_input(data=["x" * 99] * 9)]}, 400, "whole numbers from 0 to 255"),
     "odd parameters": ({"inputs": [image_input(parameters=3)]}, 400, "parameters of an input must be an object"),
-    "raw, of no size": ({"inputs": [image_input(parameters={"binary_data_size": 9})]}, 400, "0 bytes are left"),
+    "raw, of no size": ({"inputs": [image_input(parameters={"binary_data_size": 9})]}, 400, "does not fit the 0 bytes"),
     "odd id": ({"inputs": [image_input()], "id": 3}, 400, "id of the request must be a string"),
     "other output": ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "output 'x': ask for each of"),
     "one twice": ({"inputs": [image_input()], "outputs": [{"name": "label"}] * 2}, 400, "once at most"),
@@ -475,14 +505,16 @@ def test_raw_tensors_that_do_not_add_up_are_refused(
     ("method", "path", "status", "message"),
     [
         ("GET", "/v2/models/other", 404, "no model 'other' here: ask for tiny"),
-        ("GET", "/v2/models/tiny/versions/8", 404, "version '8' of tiny does not answer: ask for 7"),
-        ("GET", "/v2/models/tiny/versions/8/ready", 404, "version '8' of tiny does not answer"),
+        ("GET", "/v2/models/tiny/versions/9", 404, "version '9' of tiny does not answer: ask for 7"),
+        ("GET", "/v2/models/tiny/versions/9/ready", 404, "version '9' of tiny does not answer"),
         ("POST", "/v2/models/other/infer", 404, "no model 'other'"),
-        ("POST", "/v2/models/tiny/versions/8/infer", 404, "version '8'"),
+        ("POST", "/v2/models/tiny/versions/9/infer", 404, "version '9'"),
         ("GET", "/v2/models", 404, "no path of the Open Inference Protocol"),
-        ("GET", "/v2/models/tiny/infer", 405, "use POST"),
-        ("DELETE", "/v2/health/live", 405, "use GET"),
-        ("POST", "/v2", 405, "use GET"),
+        ("GET", "/v2/models/tiny/versions", 404, "no path of the Open Inference Protocol"),
+        ("POST", "/v2/models/tiny/infer/", 404, "no path of the Open Inference Protocol"),
+        ("GET", "/v2/models/tiny/infer", 405, "this path takes POST"),
+        ("DELETE", "/v2/health/live", 405, "this path takes GET"),
+        ("POST", "/v2", 405, "this path takes GET"),
     ],
 )
 def test_other_names_versions_and_paths_are_refused(
@@ -520,11 +552,11 @@ ONE_PIXELS = {"name": "pixels", "datatype": "UINT8", "shape": PIXELS[:1].shape}
 GRPC_FAULTS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
     "no input": (infer_request(), grpc.StatusCode.INVALID_ARGUMENT, "0 inputs"),
     "other model": (infer_request(model_name="x"), grpc.StatusCode.NOT_FOUND, "no model 'x' here: ask for tiny"),
-    "other version": (infer_request(model_version="8"), grpc.StatusCode.NOT_FOUND, "version '8' of tiny"),
+    "other version": (infer_request(model_version="9"), grpc.StatusCode.NOT_FOUND, "version '9' of tiny"),
     "other name": (infer_request(IMAGE | {"name": "x"}), grpc.StatusCode.INVALID_ARGUMENT, "no input 'x'"),
     "other type": (infer_request(IMAGE | {"datatype": "FP16"}), grpc.StatusCode.INVALID_ARGUMENT, "got 'FP16'"),
     "no data": (infer_request(IMAGE), grpc.StatusCode.INVALID_ARGUMENT, "shape [1] and 0 elements"),
-    "too many": (infer_request(IMAGE | {"shape": [9]}), grpc.StatusCode.INVALID_ARGUMENT, "9 images and 8 are read"),
+    "too many": (infer_request(IMAGE | {"shape": [9]}), grpc.StatusCode.INVALID_ARGUMENT, "more than the 8 images"),
     "no picture": (
         infer_request(IMAGE, raw=[b"\x03\0\0\0cat"]),
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -568,6 +600,18 @@ def test_what_is_wrong_is_refused_over_grpc(stub: Any, fault: str) -> None:
         stub.ModelInfer(request, timeout=30)
     assert caught.value.code() is code and message in caught.value.details(), caught.value
     assert "secret" not in caught.value.details()
+
+
+@pytest.mark.parametrize("peer", ["ipv4:192.0.2.7:40000", "ipv6:%5B2001:db8::1%5D:40000", "ipv4:10.127.0.1:40000"])
+def test_a_caller_on_another_machine_is_refused_by_a_local_endpoint(peer: str) -> None:
+    """A context stands for the other machine."""
+    context = Mock(spec=open_inference_grpc.Context)
+    context.peer.return_value, context.invocation_metadata.return_value = peer, []
+    request = open_inference_pb2.ModelReadyRequest(name="tiny")
+    for local_only in (True, False):
+        service = open_inference_grpc.InferenceService(Fake().for_call, MOST, local_only)
+        assert asyncio.run(service.ModelReady(request, context)).ready is not local_only
+    context.set_code.assert_called_once_with(grpc.StatusCode.PERMISSION_DENIED)
 
 
 def test_nothing_that_is_refused_reaches_the_model(servers: Servers, stub: Any) -> None:
