@@ -8,6 +8,7 @@
     GET  /v1/model     what answers: name, version, digest, classes, image size
     GET  /v1/status    the model, its replicas and what they have answered
     GET  /metrics      Prometheus, all replicas together
+    /v2/…              the Open Inference Protocol, see serving.open_inference
     GET  /healthz      the process is up
     GET  /readyz       the model is loaded and warm
 
@@ -17,38 +18,40 @@ Where keys are on, all but the last two want one with the scope of SCOPE_OF.
 import asyncio
 import json
 import logging
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import HelioError
-from jobs.data.decode import DecodeError, pixel_size
+from jobs.data.decode import DecodeError, Pixels, pixel_size
 from serving.admission import Admission, Ask
+from serving.batching import Answer
 from serving.config import ServeConfig
 from serving.link import Link
 from serving.metrics.families import NO_ARM
 from serving.metrics.replica import Arm, Metrics
+from serving.open_inference import OpenInference, error_response
+from serving.open_inference_grpc import Context
+from serving.open_inference_tensors import Answers
 from serving.records.feedback import Feedback
+from serving.records.identity import new_request_id
 from serving.records.log import PredictionLog, Record
-from serving.served import Options, Served
+from serving.served import Options, Served, top
 from serving.upload import Refusal, error_document, is_raw, read_images
 
 LINES = "application/x-ndjson"
 FLAGS = ("probabilities", "embedding")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
-SCOPE_OF = {
-    "/v1/predict": "predict",
-    "/v1/feedback": "feedback",
-    "/v1/model": "predict",
-    "/v1/status": "status",
-    "/metrics": "status",
-}
+SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/metrics": "status"}
+"""What a key must be good for; everything else wants `predict`."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,20 @@ class _Told:
     wait_s: float | None = None
     model_s: float | None = None
     arm: Arm | None = None
-    asked: dict[str, str] = field(default_factory=dict)
+    request_id: str = ""
+    secret: str | None = None
+    who: str | None = None
+    """The user that the request names."""
 
     def slower(self, decode_s: float, wait_s: float, model_s: float) -> None:
         """Of several images, a stage is that of the slowest."""
         self.decode_s = max(self.decode_s or 0.0, decode_s)
         self.wait_s, self.model_s = max(self.wait_s or 0.0, wait_s), max(self.model_s or 0.0, model_s)
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether it is of the Open Inference Protocol, which has errors of its own form."""
+        return self.route == "/v2" or self.route.startswith("/v2/")
 
 
 Handler = Callable[[Request, _Told], Awaitable[Response]]
@@ -93,7 +104,7 @@ class Api:
     def __init__(self, served: Served, config: ServeConfig, desk: Desk) -> None:
         self._served, self._config, self._desk = served, config, desk
         self._usual = Options(min(config.top_k, len(served.classes)))
-        self._champion = desk.metrics.arm("champion", served.version.version)
+        self.champion = desk.metrics.arm("champion", served.version.version)
         self._nobody = desk.metrics.arm(NO_ARM)
         self.ongoing = 0
         self._routes: dict[str, dict[str, Handler]] = {
@@ -112,7 +123,7 @@ class Api:
             await _live(receive, send)
             return
         request = Request(scope, receive)
-        told = _Told(time.perf_counter(), scope["path"])
+        told = _told(request)
         self.ongoing += 1
         status = 500
         try:
@@ -136,13 +147,12 @@ class Api:
         """Classify one image, or several."""
         options = self._options(request.query_params) if request.scope["query_string"] else self._usual
         if is_raw(request):
-            await self._admit(request, told, 1)
+            await self.admit(told, 1)
         upload = await read_images(request, self._config.max_images)
         if told.admission is None:
-            await self._admit(request, told, len(upload.images))
-        told.arm, told.images = self._champion, len(upload.images)
-        told.asked = {"request_id": request.headers["x-request-id"], "who": request.headers.get("x-user", "")}
-        about = {"request_id": told.asked["request_id"], "model": self._served.identity}
+            await self.admit(told, len(upload.images))
+        told.arm, told.images = self.champion, len(upload.images)
+        about = {"request_id": told.request_id, "model": self._served.identity}
         if not upload.many:
             return JSONResponse({**about, **await self._answer(upload.images[0], 0, options, told)})
         if LINES in request.headers.get("accept", ""):
@@ -150,15 +160,36 @@ class Api:
         answers = (self._answer_or_error(image, place, options, told) for place, image in enumerate(upload.images))
         return JSONResponse({**about, "results": await asyncio.gather(*answers)})
 
+    async def open_inference(self, request: Request, told: _Told) -> Response:
+        """See serving.open_inference."""
+
+        async def model(request: Request, version: str) -> V2Model:
+            if request.method == "GET":
+                await self.admit(told, 0)
+            return self.as_v2(told)
+
+        return await OpenInference(model, self._config.max_images).respond(request)
+
+    def as_v2(self, told: _Told) -> "V2Model":
+        """The model as the Open Inference Protocol has it, for one request."""
+        return V2Model(self, self._served, told)
+
+    async def call(self, context: Context, version: str) -> "V2Model":
+        """The same for a call over gRPC."""
+        given = dict(context.invocation_metadata())
+        told = _Told(time.perf_counter(), "/v2/models/{name}/infer", request_id=new_request_id())
+        told.secret, told.who = _secret(given.get("authorization", "")), given.get("x-user")
+        return V2Model(self, self._served, told)
+
     async def correct(self, request: Request, told: _Told) -> Response:
         """Store what an image of an answered request really shows."""
-        await self._admit(request, told, 0)
+        await self.admit(told, 0)
         try:
             document = json.loads(await request.body())
         except (ValueError, RecursionError):
             raise Refusal(400, "bad_request", 'the body is not JSON: send {"request_id", "label"}') from None
         given = _checked(document)
-        who = told.admission.key_id if told.admission else request.headers.get("x-user")
+        who = told.admission.key_id if told.admission else told.who
         try:
             await asyncio.to_thread(
                 self._desk.feedback.add,
@@ -175,19 +206,19 @@ class Api:
 
     async def describe(self, request: Request, told: _Told) -> Response:
         """What answers."""
-        await self._admit(request, told, 0)
+        await self.admit(told, 0)
         served = self._served
         return JSONResponse({**served.identity, "classes": served.classes, "image_size": served.size})
 
     async def status(self, request: Request, told: _Told) -> Response:
         """The model, its replicas, and what they have answered."""
-        await self._admit(request, told, 0)
+        await self.admit(told, 0)
         found = await self._desk.link.ask("status", self._served.version.version)
         return JSONResponse({"model": self._served.identity, **found})
 
     async def metrics(self, request: Request, told: _Told) -> Response:
         """Prometheus asks."""
-        await self._admit(request, told, 0)
+        await self.admit(told, 0)
         body, content_type = await self._desk.link.ask("text", request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
@@ -203,6 +234,8 @@ class Api:
         """An answer, whatever happens."""
         try:
             methods = self._routes.get(told.route)
+            if methods is None and told.is_v2:
+                methods = {request.method: self.open_inference}
             if methods is None:
                 raise HTTPException(404, "there is no such path: see POST /v1/predict")
             handler = methods.get(request.method)
@@ -230,53 +263,58 @@ class Api:
         told.code = refusal.code
         if refusal.status >= 500 and told.admission is not None:
             await self._desk.link.refund(told.admission, told.images)
+        if told.is_v2:
+            return error_response(refusal.message, refusal.status, refusal.headers)
         return JSONResponse(error_document(refusal.code, refusal.message), refusal.status, refusal.headers)
 
-    async def _admit(self, request: Request, told: _Told, images: int) -> None:
+    async def admit(self, told: _Told, images: int) -> None:
         """Raises Refusal for who may not ask."""
         if not self._desk.keys:
             return
-        kind, _, secret = request.headers.get("authorization", "").partition(" ")
-        given = secret.strip() if kind.lower() == "bearer" else None
-        found = await self._desk.link.admit(Ask(given, SCOPE_OF[told.route], images))
+        found = await self._desk.link.admit(Ask(told.secret, SCOPE_OF.get(told.route, "predict"), images))
         if not found.granted:
             raise Refusal(found.status, found.code, found.message, found.retry_after_s)
         told.admission, told.images = found, images
 
     async def _answer(self, image: bytes, place: int, options: Options, told: _Told) -> dict[str, Any]:
+        return self._served.describe(await self.ask(image, place, told), options)
+
+    async def ask(self, image: bytes | Pixels, place: int, told: _Told) -> Answer:
+        """What the model says of one image of a request, encoded or as it sees it; it is recorded. Raises Refusal."""
         began = time.perf_counter()
-        height, width = self._check_size(image)
-        pixels = await self._served.decode(image)
+        if isinstance(image, bytes):
+            height, width = self._check_size(image)
+            pixels = await self._served.decode(image)
+        else:
+            (height, width), pixels = image.shape[:2], image
         decode_s = time.perf_counter() - began
         answer = await self._served.ask(pixels)
         told.slower(decode_s, answer.wait_s, answer.model_s)
-        found = self._served.describe(answer, options)
+        best = top(answer.probabilities, self._usual.top_k)
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
+        stages["total"] = time.perf_counter() - told.began
         self._desk.log.add(
             Record(
-                told.asked["request_id"],
+                told.request_id,
                 self._served.version,
                 place,
-                who=told.asked["who"] or (told.admission.key_id if told.admission else None),
-                labels=[one["label"] for one in found["predictions"]],
-                probabilities=[one["probability"] for one in found["predictions"]],
-                latency_ms={
-                    **{name: 1000 * seconds for name, seconds in stages.items()},
-                    "total": 1000 * (time.perf_counter() - told.began),
-                },
-                data=image,
+                who=told.who or (told.admission.key_id if told.admission else None),
+                labels=[self._served.classes[row] for row in best],
+                probabilities=[float(answer.probabilities[row]) for row in best],
+                latency_ms={name: 1000 * seconds for name, seconds in stages.items()},
+                data=image if isinstance(image, bytes) else None,
                 width=width,
                 height=height,
             )
         )
-        return found
+        return answer
 
     async def _answer_or_error(self, image: bytes, place: int, options: Options, told: _Told) -> dict[str, Any]:
         """One bad image among several costs the others nothing."""
         try:
             return await self._answer(image, place, options, told)
         except Refusal as error:
-            self._champion.error(error.code)
+            self.champion.error(error.code)
             return error_document(error.code, error.message)
 
     async def _lines(
@@ -317,6 +355,48 @@ class Api:
         if not asked.isdecimal() or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
         return Options(top_k=int(asked), **flags)
+
+
+class V2Model:
+    """The served model as the Open Inference Protocol has it, for one request."""
+
+    def __init__(self, api: Api, served: Served, told: _Told) -> None:
+        self._api, self._told = api, told
+        self.name, self.version = served.version.model, served.version.version
+        self.classes, self.image_size, self.dimension = served.classes, served.size, served.dimension
+
+    async def predict(self, images: Sequence[bytes] | Pixels) -> Answers:
+        """See `serving.open_inference_tensors.Model`."""
+        told = self._told
+        await self._api.admit(told, len(images))
+        told.arm, told.images = self._api.champion, len(images)
+        found = await asyncio.gather(*(self._api.ask(image, place, told) for place, image in enumerate(images)))
+        probabilities, embeddings = ([getattr(one, name) for one in found] for name in ("probabilities", "embedding"))
+        return Answers(np.stack(probabilities), np.stack(embeddings), told.request_id)
+
+
+def _told(request: Request) -> _Told:
+    headers = request.headers
+    return _Told(
+        time.perf_counter(),
+        _MODEL.sub(_template, request.scope["path"]),
+        request_id=headers.get("x-request-id", ""),
+        secret=_secret(headers.get("authorization", "")),
+        who=headers.get("x-user"),
+    )
+
+
+_MODEL = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?")
+
+
+def _template(found: re.Match[str]) -> str:
+    """Paths of all models and versions are one in the metrics."""
+    return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")
+
+
+def _secret(authorization: str) -> str | None:
+    kind, _, secret = authorization.partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else None
 
 
 def _switch(name: str, text: str) -> bool:

@@ -19,6 +19,7 @@ from serving.config import ServeConfig
 from serving.link import Link
 from serving.metrics.families import Snapshot
 from serving.metrics.replica import Metrics
+from serving.open_inference_grpc import InferenceService
 from serving.records.feedback import Feedback
 from serving.records.hours import record_directory
 from serving.records.log import PredictionLog
@@ -35,7 +36,7 @@ RETRY_AFTER_S = 1.0
 """What an overloaded endpoint asks a client to wait."""
 
 
-class Predictor:
+class Predictor(InferenceService):
     """One replica: a bundle in memory. It takes requests only after every batch size it uses has run once.
 
     `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
@@ -66,6 +67,8 @@ class Predictor:
         self._link = Link(control, self._snapshot)
         desk = Desk(self._link, metrics, self._log, Feedback(records, self._replica), self._config.wants_keys)
         self._metrics, self._api = metrics, Api(self._served, self._config, desk)
+        # A replica listens for calls on every address, also where the endpoint is at a loopback one.
+        super().__init__(self._api.call, self._config.max_images, local_only=self._config.is_local)
 
     def __serve_build_asgi_app__(self) -> Api:
         """Called by Serve once the constructor has returned."""

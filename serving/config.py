@@ -19,6 +19,8 @@ class ServeConfig(Section):
     host: str = "127.0.0.1"
     """Address to bind; `0.0.0.0` opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)
+    grpc_port: int | None = Field(default=None, ge=1, le=65535)
+    """Where the Open Inference Protocol is spoken over gRPC; none: over HTTP alone."""
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=2, ge=1)
     target_ongoing_requests: float = Field(default=8, gt=0)

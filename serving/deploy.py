@@ -56,11 +56,18 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
         raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
     version.open()
     from serving.app import NAME, build_application
+    from serving.open_inference_grpc import serve_options
 
     control = _start_control(profile, version.model)
     try:
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": config.host, "port": config.port},
+                grpc_options=None
+                if config.grpc_port is None
+                else serve_options(config.grpc_port, config.request_timeout_s),
+            )
             serve.run(build_application(config, version, profile, control), name=NAME, route_prefix="/")
         except (RuntimeError, TimeoutError) as error:
             raise EndpointError(

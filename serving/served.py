@@ -48,6 +48,8 @@ class Served:
         self.identity = {"name": version.model, "version": version.version, "digest": version.digest}
         self.size, self.classes = self.bundle.image_size, self.bundle.classes
         self._loaded, self._decoders = self.bundle.load(), decoders
+        blank = np.zeros((1, self.size, self.size, 3), np.uint8)
+        self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
         self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s, told)
         self.load_s = time.perf_counter() - began
 

@@ -117,7 +117,8 @@ def deployed(version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) ->
         folder.mkdir(parents=True)
         for image in range(10):
             (folder / f"{image}.png").write_bytes(picture(100 * index + image, 24, 20))
-    overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": free_ports(1)[0]}.items()]
+    port, grpc_port = free_ports(2)
+    overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": port, "grpc_port": grpc_port}.items()]
     recipe = load_recipe("quickstart", [f"data.source={directory / 'source'}", *overrides])
     profile = load_profile("local", [f"profile.storage={directory}"])
     run = create_run(recipe, profile, RunProgress(io.StringIO()))

@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import re
 import struct
+import subprocess
 import time
 import zlib
 from collections import Counter
@@ -19,7 +20,7 @@ from jobs.data.decode import decode_image
 from jobs.registry import ModelVersion
 from serving.app import NAME
 from serving.client import Client
-from tests.serving.conftest import CLASSES, IMAGE_SIZE, picture
+from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture
 
 
 def post(url: str, **arguments: Any) -> requests.Response:
@@ -87,6 +88,37 @@ def test_multipart_and_plain_body_agree(url: str) -> None:
     assert plain.json()["predictions"] == form.json()["predictions"]
     assert "probabilities" not in plain.json()
     assert plain.json()["request_id"] == plain.headers["x-request-id"] != form.json()["request_id"]
+
+
+def test_triton_clients_curl_and_ours_get_the_same_numbers(url: str, deployed: Deployed) -> None:
+    import tritonclient.grpc
+    import tritonclient.http
+
+    image = picture(7)
+    ours = Client(url).predict(image, probabilities=True).probabilities
+    assert ours is not None
+    expected = [ours[label] for label in CLASSES]
+    curl = subprocess.run(
+        ["curl", "-sf", "-F", "file=@-", f"{url}/v1/predict?probabilities=true"],
+        input=image,
+        capture_output=True,
+        check=True,
+    )
+    answer = json.loads(curl.stdout)
+    assert [answer["probabilities"][label] for label in CLASSES] == pytest.approx(expected, abs=1e-6)
+    address = url.removeprefix("http://").split(":")[0]
+    for library, place in (
+        (tritonclient.http, url.removeprefix("http://")),
+        (tritonclient.grpc, f"{address}:{deployed.config.grpc_port}"),
+    ):
+        with library.InferenceServerClient(place) as client:
+            assert client.is_server_ready() and client.is_model_ready("tiny")
+            sent = library.InferInput("image", [2], "BYTES")
+            sent.set_data_from_numpy(np.array([image, picture(8)], np.object_))
+            found = client.infer("tiny", [sent]).as_numpy("probabilities")
+            assert found.shape == (2, len(CLASSES)) and found[0] == pytest.approx(expected, abs=1e-6)
+            with pytest.raises(tritonclient.utils.InferenceServerException, match="no model"):
+                client.infer("other", [sent])
 
 
 def test_json_carries_one_image_or_several(url: str) -> None:
@@ -227,7 +259,7 @@ def test_a_request_over_the_limit_is_refused(url: str, size: int, chunked: bool)
 
 
 def test_other_paths_and_queries_answer_in_json(url: str) -> None:
-    assert requests.get(f"{url}/v2", timeout=30).json()["error"]["code"] == "not_found"
+    assert requests.get(f"{url}/v3", timeout=30).json()["error"]["code"] == "not_found"
     response = requests.post(f"{url}/v1/predict?probabilities=perhaps", data=picture(1), timeout=30)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
 

@@ -1,0 +1,221 @@
+"""The Open Inference Protocol v2 over HTTP, as KServe's and Triton's clients speak it.
+
+    GET  /v2                                           the server: name, version, extensions
+    GET  /v2/health/live, /v2/health/ready
+    GET  /v2/models/{name}[/versions/{version}]        the model's tensors
+    GET  /v2/models/{name}[/versions/{version}]/ready
+    POST /v2/models/{name}[/versions/{version}]/infer  JSON, or JSON followed by raw tensors
+
+In JSON an image is base64. Raw tensors follow Triton's binary tensor data extension: the header
+`Inference-Header-Content-Length` says where the JSON ends, each tensor's parameter `binary_data_size` how long it is.
+Every error is `{"error": "..."}`.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serving.open_inference_tensors import (
+    OUTPUTS,
+    Asked,
+    Model,
+    Output,
+    Pixels,
+    Tensor,
+    check_name,
+    checked,
+    images_of,
+    model_metadata,
+    outputs_of,
+    server_metadata,
+)
+from serving.upload import Refusal
+
+JSON_LENGTH = "inference-header-content-length"
+PATH = re.compile(
+    r"/v2(?:/|/health/(?P<health>live|ready)"
+    r"|/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<act>/ready|/infer)?)?"
+)
+
+T = TypeVar("T")
+
+
+class OpenInference:
+    """Answers the protocol's requests.
+
+    `model_of(request, version)` gives the model that answers a request, which may be for a version or, where that is
+    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered
+    without it.
+    """
+
+    def __init__(self, model_of: Callable[[Request, str], Awaitable[Model]], max_images: int) -> None:
+        self._model_of, self._max_images = model_of, max_images
+
+    async def respond(self, request: Request) -> Response:
+        """The answer to a request below /v2.
+
+        Raises Refusal and HTTPException for what is refused, which `error_response` turns into the protocol's form.
+        """
+        path = PATH.fullmatch(request.scope["path"])
+        if path is None:
+            raise HTTPException(404, "this is no path of the Open Inference Protocol")
+        method = "POST" if path["act"] == "/infer" else "GET"
+        if request.method != method:
+            raise HTTPException(405, f"this path takes {method}", {"allow": method})
+        if path["health"]:
+            return JSONResponse({path["health"]: True})
+        if not path["name"]:
+            return JSONResponse(server_metadata())
+        version = path["version"] or ""
+        model = await self._model_of(request, version)
+        check_name(model, path["name"], version)
+        if path["act"] == "/infer":
+            return await self._infer(request, model)
+        return JSONResponse({"name": model.name, "ready": True} if path["act"] else model_metadata(model))
+
+    async def _infer(self, request: Request, model: Model) -> Response:
+        wanted = _read(await request.body(), _json_length(request), model, self._max_images)
+        answers = await model.predict(wanted.images)
+        about: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+        if wanted.id is not None:
+            about["id"] = wanted.id
+        about["parameters"] = {"request_id": answers.request_id}
+        return _response(about, outputs_of(wanted.outputs, model, answers), wanted.raw)
+
+
+def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An error in the protocol's form."""
+    return JSONResponse({"error": message}, status, headers)
+
+
+def _json_length(request: Request) -> int | None:
+    """Where the JSON of a body ends; None: with the body."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise Refusal(415, "unsupported_content_encoding", f"content-encoding {encoding[:40]} is not read: send plain")
+    text = request.headers.get(JSON_LENGTH)
+    if text is None:
+        return None
+    if not text.isdecimal() or len(text) > 18:
+        raise _bad("Inference-Header-Content-Length must be the number of bytes that are JSON")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a body asks for."""
+
+    id: str | None
+    images: Sequence[bytes] | Pixels
+    outputs: Sequence[Asked]
+    raw: Sequence[bool]
+    """Which of the outputs are to follow the JSON."""
+
+
+def _read(body: bytes, json_length: int | None, model: Model, most: int) -> _Wanted:
+    """Raises Refusal for what the model cannot answer. Nothing but the images is kept of what a body unpacks to."""
+    if json_length is not None and json_length > len(body):
+        raise _bad(f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes")
+    split = len(body) if json_length is None else json_length
+    try:
+        document = json.loads(body[:split])
+    except (ValueError, RecursionError):
+        raise _bad('the request is not JSON: send {"inputs": [{"name", "shape", "datatype", "data"}]}') from None
+    where = "the request"
+    inputs = _tensors(_field(document, "inputs", list, where), memoryview(body)[split:])
+    entries = _field(document, "outputs", list, where, [])
+    usual = _field(_field(document, "parameters", dict, where, {}), "binary_data_output", bool, where, False)
+    asked, raw = [], []
+    for entry in entries:
+        parameters = _field(entry, "parameters", dict, "an output", {})
+        classification = _field(parameters, "classification", int, "an output", 0)
+        asked.append(Asked(_field(entry, "name", str, "an output"), classification))
+        raw.append(_field(parameters, "binary_data", bool, "an output", usual))
+    return _Wanted(
+        _field(document, "id", str, where, None),
+        images_of(inputs, model, most),
+        checked(asked),
+        raw or [usual] * len(OUTPUTS),
+    )
+
+
+def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
+    """The inputs, of which those that are raw follow one another in `rest`."""
+    where, found = "an input", []
+    for entry in entries:
+        name, datatype = _field(entry, "name", str, where), _field(entry, "datatype", str, where)
+        shape = _field(entry, "shape", list, where)
+        if not all(type(length) is int for length in shape):
+            raise _bad("shape of an input must be a list of whole numbers")
+        size = _field(_field(entry, "parameters", dict, where, {}), "binary_data_size", int, where, None)
+        if size is None:
+            data = _field(entry, "data", list, where)
+            found.append(Tensor(name, datatype, shape, _decoded(data) if datatype == "BYTES" else data))
+        elif 0 <= size <= len(rest):
+            found.append(Tensor(name, datatype, shape, rest[:size]))
+            rest = rest[size:]
+        else:
+            raise _bad(f"binary_data_size does not fit the {len(rest)} bytes that are left behind the JSON")
+    if rest:
+        raise _bad(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
+    return found
+
+
+def _decoded(data: Sequence[Any]) -> list[bytes]:
+    """The images of a JSON tensor of BYTES, which may be [n, 1]."""
+    texts = [row[0] if isinstance(row, list) and len(row) == 1 else row for row in data]
+    try:
+        return [base64.b64decode(text.encode("ascii"), validate=True) for text in texts]
+    except (ValueError, AttributeError):
+        raise _bad("data of BYTES must be base64 strings in JSON: or send it raw behind the JSON") from None
+
+
+_REQUIRED: Any = object()
+_KINDS: dict[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _field(document: Any, key: str, kind: type[T], where: str, default: Any = _REQUIRED) -> T:
+    """A field of a request, of the kind that it must have."""
+    if not isinstance(document, dict):
+        raise _bad(f"{where} must be an object")
+    value = document.get(key, default)
+    if value is _REQUIRED:
+        raise _bad(f"{where} has no {key}")
+    if value is not default and type(value) is not kind:
+        raise _bad(f"{key} of {where} must be {_KINDS[kind]}")
+    return value
+
+
+def _response(about: dict[str, Any], outputs: Sequence[Output], raw: Sequence[bool]) -> Response:
+    told: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    for output, is_raw in zip(outputs, raw, strict=True):
+        entry = {"name": output.name, "shape": list(output.shape), "datatype": output.datatype}
+        if is_raw:
+            tail.append(output.raw())
+            told.append({**entry, "parameters": {"binary_data_size": len(tail[-1])}})
+        else:
+            told.append({**entry, "data": output.values()})
+    document = {**about, "outputs": told}
+    if not tail:
+        return JSONResponse(document)
+    head = json.dumps(document, separators=(",", ":")).encode()
+    headers = {JSON_LENGTH: str(len(head))}
+    return Response(b"".join([head, *tail]), media_type="application/octet-stream", headers=headers)
+
+
+def _bad(message: str) -> Refusal:
+    return Refusal(400, "bad_request", message)
