@@ -107,7 +107,7 @@ class Api:
         self.champion = desk.metrics.arm("champion", served.version.version)
         self._nobody = desk.metrics.arm(NO_ARM)
         self.ongoing = 0
-        self._routes: dict[str, dict[str, Handler]] = {
+        self.routes: dict[str, dict[str, Handler]] = {
             "/v1/predict": {"POST": self.predict},
             "/v1/feedback": {"POST": self.correct},
             "/v1/model": {"GET": self.describe},
@@ -233,7 +233,7 @@ class Api:
     async def _respond(self, request: Request, told: _Told) -> Response:
         """An answer, whatever happens."""
         try:
-            methods = self._routes.get(told.route)
+            methods = self.routes.get(told.route)
             if methods is None and told.is_v2:
                 methods = {request.method: self.open_inference}
             if methods is None:

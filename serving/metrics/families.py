@@ -42,6 +42,7 @@ CODES = frozenset(
     {
         "bad_request",
         "expired_key",
+        "forbidden",
         "internal",
         "method_not_allowed",
         "missing_scope",
@@ -59,6 +60,7 @@ CODES = frozenset(
         "too_many_pixels",
         "too_slow",
         "unknown_key",
+        "unsupported_content_encoding",
         "unsupported_content_type",
     }
 )
