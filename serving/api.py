@@ -166,13 +166,9 @@ class Api:
         async def model(request: Request, version: str) -> V2Model:
             if request.method == "GET":
                 await self.admit(told, 0)
-            return self.as_v2(told)
+            return V2Model(self, self._served, told)
 
         return await OpenInference(model, self._config.max_images).respond(request)
-
-    def as_v2(self, told: _Told) -> "V2Model":
-        """The model as the Open Inference Protocol has it, for one request."""
-        return V2Model(self, self._served, told)
 
     async def call(self, context: Context, version: str) -> "V2Model":
         """The same for a call over gRPC."""
@@ -284,7 +280,7 @@ class Api:
         began = time.perf_counter()
         if isinstance(image, bytes):
             height, width = self._check_size(image)
-            pixels = await self._served.decode(image)
+            pixels = await self._served.decode(image, height * width)
         else:
             (height, width), pixels = image.shape[:2], image
         decode_s = time.perf_counter() - began

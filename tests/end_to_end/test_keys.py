@@ -1,7 +1,6 @@
 """Who may ask an endpoint that wants keys, and the way back from an answer: the commands, and real HTTP."""
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(environment: None, storage: Path) -> Iterator[str]:
-    """An endpoint with keys, started by `helio deploy` and ended by Ctrl-C."""
+    """An endpoint with keys, started by `helio deploy` and ended by SIGTERM."""
     bundle = storage / "tiny"
     write = f"from tests.serving.conftest import *; write_tiny_bundle(Path({str(bundle)!r}))"
     subprocess.run([sys.executable, "-c", write], check=True, timeout=120, capture_output=True)
@@ -37,7 +36,7 @@ def url(environment: None, storage: Path) -> Iterator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield str(json.loads(process.stdout.readline())["endpoint"])
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         assert process.wait(60) == 0
 
 
