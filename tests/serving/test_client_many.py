@@ -268,7 +268,7 @@ def test_whoever_stops_early_is_not_held_up() -> None:
 
     async def ask(url: str) -> str:
         async with AsyncClient(url, 60.0) as client:
-            answers = client.predict_many(numbered(6), batch_size=1, concurrency=2)
+            answers = client.predict_many(numbered(6), batch_size=1, concurrency=1)
             first = await anext(answers)
             await answers.aclose()
             assert isinstance(first, Prediction)
