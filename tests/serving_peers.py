@@ -7,12 +7,17 @@ import base64
 import sys
 from typing import Any
 
+import litserve
 import numpy as np
+from fastapi import Request
+
+from jobs.data.decode import decode_to_size
 
 SETTINGS = ("fastapi inline", "fastapi threads", "litserve batched", "litserve single")
 """How each was started: FastAPI with the model called in its event loop, or in its pool of threads; LitServe with and
 without batches. All with two worker processes of one TensorFlow thread, uvloop and httptools."""
 WORKERS, TOP = 2, 5
+SIZES = (1, 2, 4, 8, 16, 32)
 
 
 def main(who: str, bundle: str, port: str, max_batch: str) -> None:
@@ -26,13 +31,11 @@ def main(who: str, bundle: str, port: str, max_batch: str) -> None:
         target = "tests.serving_peers:fastapi_app"
         uvicorn.run(target, factory=True, port=int(port), workers=WORKERS, access_log=False, log_level="warning")
     else:
-        import litserve
-
         settings: dict[str, Any] = {}
         if who.endswith("batched"):
             settings = {"max_batch_size": int(max_batch), "batch_timeout": 0.002}
         server = litserve.LitServer(
-            _lit_api(bundle, settings), accelerator="cpu", workers_per_device=WORKERS, fast_queue=True, timeout=60
+            LitBundle(bundle, **settings), accelerator="cpu", workers_per_device=WORKERS, fast_queue=True, timeout=60
         )
         server.run(port=int(port), num_api_servers=1, log_level="warning", generate_client_file=False)
 
@@ -44,7 +47,7 @@ def _load(bundle: str) -> Any:
     set_up_tensorflow(1, 0)
     loaded = Bundle.open(bundle).load()
     size = loaded.bundle.image_size
-    for batch in (1, 2, 4, 8, 16, 32):
+    for batch in SIZES:
         loaded.predict_pixels(np.zeros((batch, size, size, 3), np.uint8))
     return loaded
 
@@ -58,10 +61,8 @@ def fastapi_app() -> Any:
     """The application of one of uvicorn's workers."""
     import os
 
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from fastapi.concurrency import run_in_threadpool
-
-    from jobs.data.decode import decode_to_size
 
     loaded = _load(os.environ["PEER_BUNDLE"])
     in_threads = os.environ["PEER_THREADS"] == "1"
@@ -79,41 +80,43 @@ def fastapi_app() -> Any:
     return app
 
 
-def _lit_api(bundle: str, settings: dict[str, Any]) -> Any:
-    import litserve
-    from fastapi import Request
+class LitBundle(litserve.LitAPI):
+    """The bundle as LitServe wants it. LitServe pickles it for its workers."""
 
-    from jobs.data.decode import decode_to_size
+    def __init__(self, bundle: str, **settings: Any) -> None:
+        super().__init__(api_path="/v1/predict", **settings)
+        self.directory, self.batched = bundle, "max_batch_size" in settings
 
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            self.loaded = _load(bundle)
-            self.batched = "max_batch_size" in settings
+    def setup(self, device: str) -> None:
+        """In each worker."""
+        self.loaded = _load(self.directory)
 
-        def decode_request(self, request: Request) -> Any:
-            # LitServe hands over what the JSON held.
-            return decode_to_size(base64.b64decode(request["image"]), self.loaded.bundle.image_size)
+    def decode_request(self, request: Request) -> Any:
+        """LitServe hands over what the JSON held."""
+        image = base64.b64decode(request["image"])  # type: ignore[index]
+        return decode_to_size(image, self.loaded.bundle.image_size)
 
-        def batch(self, inputs: list[Any]) -> Any:
-            # The sizes that were warmed, as helio's buckets.
-            size = next(n for n in (1, 2, 4, 8, 16, 32) if n >= len(inputs))
-            images = np.zeros((size, *inputs[0].shape), np.uint8)
-            images[: len(inputs)] = inputs
-            return images, len(inputs)
+    def batch(self, inputs: list[Any]) -> Any:
+        """The sizes that were warmed, as helio's."""
+        size = next(n for n in SIZES if n >= len(inputs))
+        images = np.zeros((size, *inputs[0].shape), np.uint8)
+        images[: len(inputs)] = inputs
+        return images, len(inputs)
 
-        def predict(self, x: Any) -> Any:
-            if not self.batched:
-                return self.loaded.predict_pixels(x[None])[0][0]
-            images, count = x
-            return self.loaded.predict_pixels(images)[0][:count]
+    def predict(self, x: Any) -> Any:
+        """One image, or a batch and how many are in it."""
+        if not self.batched:
+            return self.loaded.predict_pixels(x[None])[0][0]
+        images, count = x
+        return self.loaded.predict_pixels(images)[0][:count]
 
-        def unbatch(self, output: Any) -> Any:
-            return list(output)
+    def unbatch(self, output: Any) -> Any:
+        """See LitServe."""
+        return list(output)
 
-        def encode_response(self, output: Any) -> dict[str, Any]:
-            return _answer(self.loaded.bundle.classes, output)
-
-    return Api(api_path="/v1/predict", **settings)
+    def encode_response(self, output: Any) -> dict[str, Any]:
+        """See LitServe."""
+        return _answer(self.loaded.bundle.classes, output)
 
 
 if __name__ == "__main__":
