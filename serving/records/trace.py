@@ -185,7 +185,7 @@ def _unknown(storage: Path, request_id: str, unreadable: list[Path]) -> str:
     kept = what_is_kept(storage)
     if not kept:
         return (
-            f"request {request_id}: nothing is kept under {storage / 'serving'}: give the --storage of the endpoint, "
+            f"request {request_id}: nothing is kept under {storage / 'serving'}: give its profile.storage=…, "
             "or deploy with serve.records.predictions above 0"
         )
     made = time_of(request_id)
