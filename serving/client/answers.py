@@ -114,9 +114,9 @@ class Reply:
         return [_json(line) for line in lines if line.strip()]
 
     def refusal(self) -> dict[str, str] | None:
-        """`code` and `message` of helio's own errors, None for another server's."""
+        """`code` and `message`, a line each, of helio's own errors; None for another server's."""
         error = self.document().get("error")
-        return {key: str(error.get(key)) for key in ("code", "message")} if isinstance(error, dict) else None
+        return _named(error) if isinstance(error, dict) else None
 
     def retry_after_s(self, wall: Callable[[], float] = time.time) -> float | None:
         """How long the endpoint asks to wait, whether in seconds or as a date; None where it does not."""
@@ -131,6 +131,10 @@ class Reply:
                 return None
             seconds = mktime_tz(date) - wall()
         return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _named(error: dict[str, Any]) -> dict[str, str]:
+    return {key: " ".join(str(error.get(key)).split()) for key in ("code", "message")}
 
 
 def _json(text: bytes | bytearray) -> Any:
@@ -187,7 +191,8 @@ def read_many(reply: Reply, count: int) -> dict[int, Prediction | ImageError]:
 def _read(reply: Reply, answer: dict[str, Any], image: int) -> Prediction | ImageError:
     error = answer.get("error")
     if isinstance(error, dict):
-        return ImageError(str(error.get("message")), code=str(error.get("code")))
+        named = _named(error)
+        return ImageError(named["message"], code=named["code"])
     try:
         best = [(named["label"], float(named["probability"])) for named in answer["predictions"]]
         if not (isinstance(best[0][0], str) and isinstance(answer["model"], dict)):

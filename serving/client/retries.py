@@ -18,9 +18,10 @@ class Retries:
 
     - 503 and a connection that is refused: nothing has been begun. Again, up to `most` times.
     - 429: the same, if the answer names a time in `Retry-After` and that is at most `longest_wait_s`.
-    - A connection lost on the way: once more, since the request may have been what broke it. Nothing happens twice:
-      a prediction changes nothing, a correction says the same again, and all tries carry the same `x-request-id`.
-      Of a stream only the images that had no answer yet are asked for, as a request of their own.
+    - A connection lost on the way, or 502, by which a proxy says the same: once more, since the request may have been
+      what broke it. Nothing happens twice: a prediction changes nothing, a correction says the same again, and all
+      tries carry the same `x-request-id`. Of a stream only the images that had no answer yet are asked for, as a
+      request of their own.
     - Any other answer, and silence until the deadline: never.
 
     Before a try passes what `Retry-After` says (seconds or an HTTP date), and on top of it a back-off that doubles
@@ -55,25 +56,18 @@ class Tries:
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """How long to wait before the next try; None when there is none, and `outcome` is the call's."""
-        asked = 0.0
-        if isinstance(outcome, Reply):
-            named = outcome.retry_after_s(self._wall)
-            if outcome.status == 429:
-                if named is None or named > self._rules.longest_wait_s:
-                    return None
-            elif outcome.status != 503:
-                return None
-            asked = named or 0.0
-        elif isinstance(outcome, Lost):
-            if self._lost:
-                return None
-            self._lost = True
-        elif not isinstance(outcome, NotReached):
-            return None
-        if self._again >= self._rules.most:
+        status = outcome.status if isinstance(outcome, Reply) else None
+        named = outcome.retry_after_s(self._wall) if isinstance(outcome, Reply) else None
+        if isinstance(outcome, Lost) or status == 502:
+            again, self._lost = not self._lost, True
+        elif status == 429:
+            again = named is not None and named <= self._rules.longest_wait_s
+        else:
+            again = isinstance(outcome, NotReached) or status == 503
+        if not again or self._again >= self._rules.most:
             return None
         backoff = min(self._rules.backoff_s * 2 ** min(self._again, 30), self._rules.longest_backoff_s)
         self._again += 1
         # A crowd that was refused in one moment must not come back in one.
-        wait = asked + backoff * random.uniform(0.5, 1.0)
+        wait = (named or 0.0) + backoff * random.uniform(0.5, 1.0)
         return wait if self._clock() + wait < self._deadline else None

@@ -118,7 +118,7 @@ def test_an_error_says_what_it_is_and_is_not_asked_again(
     kind: Any, status: int, kind_of_error: type[StatusError]
 ) -> None:
     with (
-        scripted(error(status, "do this", "why")) as server,
+        scripted(error(status, "do\nthis", "why")) as server,
         opened(kind, server.url) as client,
         pytest.raises(kind_of_error) as caught,
     ):
@@ -221,8 +221,13 @@ def test_the_waits_between_tries() -> None:
 @both
 @pytest.mark.parametrize(
     "break_off",
-    [cut, send(b"HTTP/1.1 200 OK\r\ncontent-le"), send(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{")],
-    ids=["before the answer", "within its head", "within its body"],
+    [
+        cut,
+        send(b"HTTP/1.1 200 OK\r\ncontent-le"),
+        send(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"),
+        answer(502, "<html>"),
+    ],
+    ids=["before the answer", "within its head", "within its body", "behind a proxy"],
 )
 def test_a_lost_connection_is_tried_once_more(kind: Any, break_off: Any) -> None:
     with scripted(break_off, answer(200, ANSWER)) as server, opened(kind, server.url) as client:
@@ -231,7 +236,7 @@ def test_a_lost_connection_is_tried_once_more(kind: Any, break_off: Any) -> None
     with (
         scripted(break_off) as server,
         opened(kind, server.url) as client,
-        pytest.raises(EndpointError, match="broke the connection off twice"),
+        pytest.raises(EndpointError, match=r"broke the connection off twice|answered 502"),
     ):
         client.predict(b"bytes")
     assert len(server.asked) == 2

@@ -3,7 +3,9 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.serving.scripted import (
     MODEL,
     Asked,
     Handler,
+    Server,
     Step,
     answer,
     both,
@@ -106,6 +109,7 @@ def test_of_a_broken_stream_only_the_rest_is_asked_for_again(kind: Any) -> None:
         [b"image 1", b"image 3", b"image 5"],
         [b"image 1", b"image 5"],
     ]
+    assert all(asked.headers["accept"].startswith("application/x-ndjson") for asked in server.asked)
     # Each is a request of its own, so that (request id, image) names one image alone.
     by_id = {asked.headers["x-request-id"]: asked.images() for asked in server.asked}
     assert len(by_id) == 3
@@ -254,41 +258,57 @@ def test_no_images_are_no_requests(kind: Any) -> None:
     assert server.asked == []
 
 
+def only_the_first(handler: Handler, asked: Asked) -> None:
+    """Every other request is to come again in half a minute."""
+    (classify if asked.images() == [b"image 0"] else error(503, retry_after="30"))(handler, asked)
+
+
 def test_whoever_stops_early_is_not_held_up() -> None:
-    """One batch is answered, the next waits to be tried again: nobody waits for it."""
-    steps = [classify, error(503, retry_after="30")]
-    with scripted(*steps) as server, Client(server.url, 60.0) as client:
-        answers = client.predict_many(numbered(6), batch_size=1, concurrency=1)
+    """The first answer is there, the next request waits to be tried again: nobody waits for it."""
+    with scripted(only_the_first) as server, Client(server.url, 60.0) as client:
+        answers = client.predict_many(numbered(6), batch_size=1, concurrency=2)
         assert next(answers).label == "image 0"
+        wait_until(lambda: len(server.asked) == 2)
         answers.close()
         for thread in threading.enumerate():
             if thread.name.startswith("helio-client"):
                 thread.join(5)
                 assert not thread.is_alive()
 
-    async def ask(url: str) -> str:
-        async with AsyncClient(url, 60.0) as client:
-            answers = client.predict_many(numbered(6), batch_size=1, concurrency=1)
-            first = await anext(answers)
-            await answers.aclose()
-            assert isinstance(first, Prediction)
-            assert [t for t in asyncio.all_tasks() if t is not asyncio.current_task()] == []
-            return first.label
 
-    with scripted(*steps) as server:
-        assert asyncio.run(ask(server.url)) == "image 0"
+def test_a_task_that_stops_early_is_not_held_up() -> None:
+    async def ask(server: Server) -> None:
+        async with AsyncClient(server.url, 60.0) as client:
+            answers = client.predict_many(numbered(6), batch_size=1, concurrency=2)
+            first = await anext(answers)
+            assert isinstance(first, Prediction) and first.label == "image 0"
+            await asyncio.to_thread(wait_until, lambda: len(server.asked) == 2)
+            async with asyncio.timeout(5):
+                await answers.aclose()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    with scripted(only_the_first) as server:
+        asyncio.run(ask(server))
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 def test_a_closed_client_lets_its_threads_go() -> None:
     """A request that is never answered ends with the client, not with its deadline."""
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with socket.create_server(("127.0.0.1", 0)) as silent, ExitStack() as until_the_end:
         client = Client(f"127.0.0.1:{silent.getsockname()[1]}", 60.0)
 
         def images() -> Iterator[bytes]:
             yield from numbered(2)
-            with silent.accept()[0] as connection:
-                connection.recv(1)
-                client.close()
+            until_the_end.enter_context(silent.accept()[0]).recv(1)
+            # Nothing tells that the thread has gone on from sending to waiting.
+            time.sleep(0.05)
+            client.close()
 
         with pytest.raises(EndpointError, match="the client has been closed"):
             next(client.predict_many(images(), batch_size=1, concurrency=1))
