@@ -65,7 +65,10 @@ def status_command(endpoint: str | None, key_file: str | None, as_json: bool, ou
         return 0
     rollout, audit = document["rollout"], document["audit"]
     if rollout is None:
-        print("no version was rolled out yet: `helio rollout start --why WHY` begins with the candidate", file=output.results)
+        print(
+            "no version was rolled out yet: `helio rollout start --why WHY` begins with the candidate",
+            file=output.results,
+        )
     else:
         print(_headline(rollout), file=output.results)
         print(f"stage {rollout['stage']} since {_moment(rollout['since'])}: {_needs(rollout)}", file=output.results)
@@ -110,9 +113,9 @@ def _arms(rollout: Mapping[str, Any]) -> Table:
     arms = [rollout["arms"][arm]["requests"] for arm in ("champion", "candidate")]
     table.add_row("requests", *(f"{count:,}" for count in arms), "", "", "")
     for fault, test in rollout["tests"].items():
-        champion = "–" if fault == "disagreement" else _rate(test["champion"])
+        champion = "-" if fault == "disagreement" else _rate(test["champion"])
         allowed = f"{'' if fault == 'disagreement' else '+'}{100 * test['tolerance']:g} %"
-        step = _percent(test["safe"]) if test["needed"] else "–"
+        step = _percent(test["safe"]) if test["needed"] else "-"
         table.add_row(TITLES[fault], champion, _rate(test["candidate"]), allowed, _percent(test["harm"]), step)
     table.caption = "rates with bounds that hold whenever you look; harm at 100 % rolls back, a step wants 100 %"
     table.caption_justify = "left"
@@ -121,8 +124,8 @@ def _arms(rollout: Mapping[str, Any]) -> Table:
 
 def _rate(rate: Mapping[str, Any]) -> str:
     if not rate["n"]:
-        return "–"
-    return f"{rate['k']:,}: {100 * rate['rate']:.1f} % ({100 * rate['low']:.1f}–{100 * rate['high']:.1f})"
+        return "-"
+    return f"{rate['k']:,}: {100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
 
 
 def _percent(share: float) -> str:
@@ -133,7 +136,9 @@ def _moment(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _call(method: str, endpoint: str | None, key_file: str | None, order: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def _call(
+    method: str, endpoint: str | None, key_file: str | None, order: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     url = (endpoint or endpoint_url(ServeConfig())).rstrip("/")
     key = _key(key_file)
 
@@ -143,14 +148,18 @@ def _call(method: str, endpoint: str | None, key_file: str | None, order: Mappin
         return request
 
     try:
-        # As `auth`, for a header would give way to what ~/.netrc has for the host. Redirects would take the key elsewhere.
+        # As `auth`: a header would give way to what ~/.netrc has for the host. A redirect would take the key elsewhere.
         response = requests.request(
             method, f"{url}/v1/rollout", json=order, auth=signed, timeout=TIMEOUT_S, allow_redirects=False
         )
     except requests.Timeout:
-        raise EndpointError(f"{url} did not answer within {TIMEOUT_S:g} s: see what is with `helio rollout status`") from None
+        raise EndpointError(
+            f"{url} did not answer within {TIMEOUT_S:g} s: see what is with `helio rollout status`"
+        ) from None
     except requests.exceptions.SSLError:
-        raise EndpointError(f"no trusted TLS connection to {url}: look at its scheme, or set REQUESTS_CA_BUNDLE") from None
+        raise EndpointError(
+            f"no trusted TLS connection to {url}: look at its scheme, or set REQUESTS_CA_BUNDLE"
+        ) from None
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
         raise HelioError(f"--endpoint must be a URL as http://127.0.0.1:8000, got {url}") from None
     except requests.RequestException:
@@ -161,7 +170,9 @@ def _call(method: str, endpoint: str | None, key_file: str | None, order: Mappin
             return cast(dict[str, Any], document)
         message = document["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        raise EndpointError(f"{url} answered {response.status_code}, but not as helio's endpoint does: is it one?") from None
+        raise EndpointError(
+            f"{url} answered {response.status_code}, but not as helio's endpoint does: is it one?"
+        ) from None
     raise EndpointError(f"{url} answered {response.status_code}: {message}")
 
 

@@ -1,4 +1,4 @@
-"""Who did what in roll-outs, when and why: a log that only grows, and where the last roll-out stands, in one sqlite file."""
+"""Who did what in roll-outs, when and why: a log that only grows. With it, in one sqlite file, where they stand."""
 
 import json
 import sqlite3
@@ -35,8 +35,8 @@ class AuditLog:
     """The log in one file. Threads may share it; each process opens its own.
 
     Each entry holds a digest over itself and the entry before it: `verify` finds one that was changed, taken out or put
-    in by somebody who has got around the triggers. Who also writes the digests of all later entries anew is found out only by a
-    digest that was kept elsewhere.
+    in by somebody who has got around the triggers. Who writes the digests of all later entries anew, too, is found out
+    only by a digest that was kept elsewhere.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,7 +68,8 @@ class AuditLog:
             if entry:
                 text = json.dumps(asdict(entry))
                 self._connection.execute(
-                    "INSERT INTO rollout_audit (entry, digest) VALUES (?, ?)", (text, _digest(self._last_digest(), text))
+                    "INSERT INTO rollout_audit (entry, digest) VALUES (?, ?)",
+                    (text, _digest(self._last_digest(), text)),
                 )
             self._connection.execute(
                 "INSERT INTO rollouts VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET document = excluded.document",
@@ -92,15 +93,21 @@ class AuditLog:
     def verify(self) -> str:
         """The digest of the last entry. Raises HelioError that names the first entry which is not as it was written."""
         with self._lock, self._faults():
-            rows = self._connection.execute("SELECT number, entry, digest FROM rollout_audit ORDER BY number").fetchall()
+            rows = self._connection.execute(
+                "SELECT number, entry, digest FROM rollout_audit ORDER BY number"
+            ).fetchall()
             made = self._connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'rollout_audit'").fetchone()
         digest = ""
         for expected, (number, text, kept) in enumerate(rows, 1):
             digest = _digest(digest, text)
             if number != expected or kept != digest:
-                raise HelioError(f"the audit log in {self.path} was tampered with: entry {expected} is not as it was written")
+                raise HelioError(
+                    f"the audit log in {self.path} was tampered with: entry {expected} is not as it was written"
+                )
         if made and made[0] != len(rows):
-            raise HelioError(f"the audit log in {self.path} was tampered with: it had {made[0]} entries, and has {len(rows)}")
+            raise HelioError(
+                f"the audit log in {self.path} was tampered with: it had {made[0]} entries, and has {len(rows)}"
+            )
         return digest
 
     def _last_digest(self) -> str:

@@ -1,8 +1,16 @@
 """The recipe section of roll-outs."""
 
+import math
+from itertools import pairwise
+
 from pydantic import Field, field_validator
 
 from cluster.schema import Section
+
+FAULTS = ("error", "slow", "disagreement", "wrong")
+"""What is counted of requests. error: failed by the version's own doing (status 5xx). slow: took longer than a limit
+that the champion has set, of those that did not fail. disagreement: the candidate's label is not the champion's, of
+images that both have answered. wrong: not the label that a user has given, of answers that users have labelled."""
 
 
 class RolloutConfig(Section):
@@ -32,6 +40,26 @@ class RolloutConfig(Section):
     @field_validator("stages")
     @classmethod
     def _rising(cls, stages: list[float]) -> list[float]:
-        if not stages or stages[-1] != 1 or stages[0] <= 0 or any(b <= a for a, b in zip(stages, stages[1:], strict=False)):
+        if stages[-1:] != [1] or any(later <= earlier for earlier, later in pairwise([0.0, *stages])):
             raise ValueError(f"stages must rise from above 0 to 1, as 0.01, 0.1, 1.0, got {stages}")
         return stages
+
+    def tolerance(self, fault: str) -> float:
+        """How much higher the candidate's rate of a fault may be than the champion's."""
+        return {
+            "error": self.error_tolerance,
+            "slow": self.slow_tolerance,
+            # The champion never disagrees with itself.
+            "disagreement": self.max_disagreement,
+            "wrong": self.wrong_tolerance,
+        }[fault]
+
+    @property
+    def harm_limit(self) -> float:
+        """The log of the e-value that rolls back. Each fault may do so by mistake: they share alpha."""
+        return math.log(len(FAULTS) / self.alpha)
+
+    @property
+    def safe_limit(self) -> float:
+        """The log of the e-value that is enough for a step. What is harmful in one fault fails by that one: no sharing."""
+        return math.log(1 / self.alpha)

@@ -15,19 +15,19 @@ for x faults in m requests of the champion and y in n of the candidate. The alte
 blocks only; (p0, q0) is the point of the hypothesis that is nearest to it: least m KL(p, p0) + n KL(q, q0).
 
 Turner, Ly and Grünwald (Generic E-variables for exact sequential k-sample tests that allow for optional stopping,
-Journal of Statistical Planning and Inference 230, 2024) show that E is an e-variable for a = b; Turner and Grünwald (Exact
-anytime-valid confidence intervals for contingency tables and beyond, Statistics and Probability Letters 198, 2023) for
-any closed convex hypothesis, as both here are. The proof is short and also covers rates that drift. A request of the
-champion with rate a has a factor of mean 1 + g (a - p0), g = (p - p0) / (p0 (1 - p0)), one of the candidate with rate
-b one of 1 + h (b - q0), h = (q - q0) / (q0 (1 - q0)). As 1 + z <= exp(z), E has a mean of at most
-exp(m g (a - p0) + n h (b - q0)) with a and b the means of the block. (-m g, -n h) is the gradient of the divergence at
-its least point on a convex set, so that the exponent is at most 0 for each (a, b) of the hypothesis.
+Journal of Statistical Planning and Inference 230, 2024) show that E is an e-variable for a = b; Turner and Grünwald
+(Exact anytime-valid confidence intervals for contingency tables and beyond, Statistics and Probability Letters 198,
+2023) for any closed convex hypothesis, as both here are. The proof is short and also covers rates that drift. A
+request of the champion with rate a has a factor of mean 1 + g (a - p0), g = (p - p0) / (p0 (1 - p0)), one of the
+candidate with rate b one of 1 + h (b - q0), h = (q - q0) / (q0 (1 - q0)). As 1 + z <= exp(z), E has a mean of at most
+exp(m g (a - p0) + n h (b - q0)) with a and b the means of the block. (-m g, -n h) is the gradient of the divergence
+at its least point on a convex set, so that the exponent is at most 0 for each (a, b) of the hypothesis.
 
 So under the hypothesis the product is a nonnegative supermartingale. By Ville's inequality (Étude critique de la notion
 de collectif, 1939) it ever reaches 1 / alpha with a chance of at most alpha, however often it is looked at. Nothing is
 assumed of how rates change, or of the shares of the arms: what makes both arms slow at once is no evidence, and no
-correction is due for stages. Assumed is that the requests of a block are independent of each other; where the arms answer
-copies of one request, faults that come together only make E smaller on average.
+correction is due for stages. Assumed is that the requests of a block are independent of each other; where the arms
+answer copies of one request, faults that come together only make E smaller on average.
 """
 
 import math
@@ -47,6 +47,7 @@ class Counts(NamedTuple):
         return Counts(self.n + other.n, self.k + other.k)
 
 
+NONE = Counts()
 LIKE_CHAMPION = 30.0
 """Requests that the guess for harmful, a candidate like the champion, is worth. With more a healthy candidate earns its
 steps sooner, and one that is a little worse, but within the tolerance, later."""
@@ -58,13 +59,13 @@ MEMORY = 500.0
 class Evidence:
     """What is known of one kind of fault."""
 
-    champion: Counts = Counts()
-    candidate: Counts = Counts()
+    champion: Counts = NONE
+    candidate: Counts = NONE
     """Of this stage, in whole blocks."""
     recent: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """The same in one, and what is long past forgotten: requests and faults of the champion, then of the candidate."""
-    waiting_champion: Counts = Counts()
-    waiting_candidate: Counts = Counts()
+    waiting_champion: Counts = NONE
+    waiting_candidate: Counts = NONE
     """Of a block that has only one arm yet."""
     log_harm: float = 0.0
     """Log of the e-value against harmless, of the whole roll-out."""
@@ -104,7 +105,9 @@ class Evidence:
     def from_dict(cls, document: Mapping[str, Any]) -> "Evidence":
         """What `dataclasses.asdict` has described, also by way of JSON."""
         counts = ("champion", "candidate", "waiting_champion", "waiting_candidate")
-        return cls(**{**document, "recent": tuple(document["recent"]), **{name: Counts(*document[name]) for name in counts}})
+        return cls(
+            **{**document, "recent": tuple(document["recent"]), **{name: Counts(*document[name]) for name in counts}}
+        )
 
 
 def log_e(m: int, x: int, n: int, y: int, p: float, q: float, tolerance: float) -> float:
@@ -136,7 +139,7 @@ def _nearest(m: int, n: int, p: float, q: float, d: float) -> float:
 
 
 def bounds(counts: Counts, alpha: float) -> tuple[float, float]:
-    """Bounds of a rate that hold at all times together with a chance of at least 1 - alpha, if the rate does not change.
+    """Bounds of a rate that does not change: they hold at all times together with a chance of at least 1 - alpha.
 
     For people to look at: no step and no roll-back rests on them. Robbins' mixture over a uniform prior (Annals of
     Mathematical Statistics 41, 1970), as in Waudby-Smith and Ramdas, Confidence sequences for sampling without

@@ -1,21 +1,18 @@
-"""What a roll-out is, and how it goes on. Nothing here is changed in place: each transition gives a new `Rollout` and the
-entry for the audit log, so that the entry can be durable before the transition takes effect (`serving.rollout.audit`).
+"""What a roll-out is, and how it goes on.
+
+Nothing is changed in place: each transition gives a new `Rollout` and the entry for the audit log, so that the entry
+can be durable before the transition takes effect (`serving.rollout.audit`).
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from cluster.errors import HelioError
-from serving.rollout.config import RolloutConfig
-from serving.rollout.sequential import Counts, Evidence, bounds
-
-FAULTS = ("error", "slow", "disagreement", "wrong")
-"""What is counted of requests. error: failed by the version's own doing (status 5xx). slow: took longer than `slow_s`, of
-those that did not fail. disagreement: the candidate's label is not the champion's, of images that both have answered.
-wrong: not the label that a user has given, of answers that users have labelled."""
+from serving.rollout.config import FAULTS, RolloutConfig
+from serving.rollout.sequential import Counts, Evidence
+from serving.rollout.status import harm_text, status_of
 
 ARMS = ("champion", "candidate")
 CALIBRATION = 100
@@ -80,11 +77,20 @@ class Rollout:
 
     @classmethod
     def start(
-        cls, rollout_id: str, champion: Version, candidate: Version, config: RolloutConfig, who: str, why: str, now: float
+        cls,
+        rollout_id: str,
+        champion: Version,
+        candidate: Version,
+        config: RolloutConfig,
+        who: str,
+        why: str,
+        now: float,
     ) -> Change:
         """A new roll-out: replicas load the candidate. Raises HelioError where there is nothing to roll out."""
         if champion.digest == candidate.digest:
-            raise HelioError(f"version {candidate.version} is what the endpoint serves already: there is nothing to roll out")
+            raise HelioError(
+                f"version {candidate.version} is what the endpoint serves already: there is nothing to roll out"
+            )
         rollout = cls(rollout_id, champion, candidate, config, started=now, since=now)
         return rollout._change("start", who, why, now)
 
@@ -106,6 +112,11 @@ class Rollout:
         if self.ended:
             return 1.0 if self.ended == "promoted" else 0.0
         return self._stage_share
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The faults whose absence must be shown for a step. Labels may never come: they can only roll back."""
+        return ("error", "slow", "disagreement") if self._mode in ("shadow", "mirror") else ("error", "slow")
 
     def view(self) -> dict[str, Any]:
         """What replicas need to know. `mode` says what they do:
@@ -156,11 +167,11 @@ class Rollout:
                 # The champion never disagrees with itself.
                 champion = Counts(candidate.n, 0)
             if champion.n or candidate.n:
-                evidence[fault] = evidence[fault].add(champion, candidate, self._tolerance(fault))
+                evidence[fault] = evidence[fault].add(champion, candidate, self.config.tolerance(fault))
         rollout = replace(self._calibrated(latencies_s), evidence=evidence)
         worst = max(FAULTS, key=lambda fault: evidence[fault].log_harm)
-        if evidence[worst].log_harm >= self._harm_limit:
-            return rollout._end("rolled_back", HELIO, rollout._harm(worst), now)
+        if evidence[worst].log_harm >= self.config.harm_limit:
+            return rollout._end("rolled_back", HELIO, harm_text(rollout, worst), now)
         if self.paused or not rollout._has_earned(now):
             return Change(rollout, None)
         if self.step == len(self.config.stages) + 1:
@@ -191,24 +202,6 @@ class Rollout:
         self._require_running()
         return self._end("aborted", who, why, now)
 
-    def status(self) -> dict[str, Any]:
-        """All of it for people, as plain data."""
-        return {
-            "id": self.id,
-            "state": self.state,
-            "stage": self.stage,
-            "share": self.share,
-            "champion": asdict(self.champion),
-            "candidate": asdict(self.candidate),
-            "started": self.started,
-            "since": self.since,
-            "reason": self.reason,
-            "slow_s": self.slow_s,
-            "min_requests": self.config.min_requests,
-            "arms": {arm: self._arm(arm) for arm in ARMS},
-            "tests": {fault: self._test(fault) for fault in FAULTS},
-        }
-
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data, for `from_dict`."""
         return {**asdict(self), "config": self.config.model_dump()}
@@ -237,30 +230,6 @@ class Rollout:
             return ("load", "shadow")[self.step]
         return "split" if self.share < 1 else "mirror"
 
-    @property
-    def _needed(self) -> tuple[str, ...]:
-        """The faults whose absence must be shown for a step. Labels may never come: they can only roll back."""
-        return ("error", "slow", "disagreement") if self._mode in ("shadow", "mirror") else ("error", "slow")
-
-    @property
-    def _harm_limit(self) -> float:
-        # Each fault may roll back by mistake: they share alpha.
-        return math.log(len(FAULTS) / self.config.alpha)
-
-    @property
-    def _safe_limit(self) -> float:
-        # A harmful candidate must be mistaken for safe in every fault: no sharing.
-        return math.log(1 / self.config.alpha)
-
-    def _tolerance(self, fault: str) -> float:
-        config = self.config
-        return {
-            "error": config.error_tolerance,
-            "slow": config.slow_tolerance,
-            "disagreement": config.max_disagreement,
-            "wrong": config.wrong_tolerance,
-        }[fault]
-
     def _calibrated(self, latencies_s: Sequence[float]) -> "Rollout":
         if self.slow_s is not None or not latencies_s:
             return self
@@ -273,17 +242,8 @@ class Rollout:
         return (
             self.evidence["error"].candidate.n >= self.config.min_requests
             and now - self.since >= self.config.min_stage_s
-            and all(self.evidence[fault].log_safe >= self._safe_limit for fault in self._needed)
+            and all(self.evidence[fault].log_safe >= self.config.safe_limit for fault in self.needed)
         )
-
-    def _harm(self, fault: str) -> str:
-        champion, candidate = self.evidence[fault].champion, self.evidence[fault].candidate
-        allowed = f"{100 * self._tolerance(fault):g} %"
-        seen = f"{candidate.k} of {candidate.n} in this stage"
-        if fault == "disagreement":
-            return f"the candidate disagrees with the champion on more than {allowed} of images: {seen}"
-        words = {"error": "requests fail", "slow": "requests are slow", "wrong": "labelled answers are wrong"}[fault]
-        return f"more {words} than of the champion by over {allowed}: {seen}, of the champion {champion.k} of {champion.n}"
 
     def _next_stage(self, why: str, now: float) -> Change:
         fresh = {fault: evidence.next_stage() for fault, evidence in self.evidence.items()}
@@ -300,37 +260,15 @@ class Rollout:
     def _entry(self, action: str, who: str, why: str, now: float) -> Entry:
         if not why.strip():
             raise HelioError(f"the audit log wants to know why: say it to {action} the roll-out")
-        return Entry(self.id, now, who, action, why, self.status())
+        return Entry(self.id, now, who, action, why, status_of(self))
 
     def _require_running(self) -> None:
         if self.ended:
-            raise HelioError(f"the roll-out of version {self.candidate.version} is {self.state.replace('_', ' ')}: start another")
+            raise HelioError(
+                f"the roll-out of version {self.candidate.version} is {self.state.replace('_', ' ')}: start another"
+            )
 
     def _require_loaded(self, action: str) -> None:
         self._require_running()
         if self.step == 0:
             raise HelioError(f"the candidate is still loading: wait to {action} it, or abort")
-
-    def _arm(self, arm: str) -> dict[str, int]:
-        of_stage: dict[str, Counts] = {fault: getattr(evidence, arm) for fault, evidence in self.evidence.items()}
-        counts = {"requests": of_stage["error"].n, "errors": of_stage["error"].k, "slow": of_stage["slow"].k}
-        if arm == "candidate":
-            counts["disagreements"] = of_stage["disagreement"].k
-        return {**counts, "wrong": of_stage["wrong"].k}
-
-    def _test(self, fault: str) -> dict[str, Any]:
-        evidence = self.evidence[fault]
-        return {
-            "tolerance": self._tolerance(fault),
-            "needed": fault in self._needed,
-            # Both as a share of what decides: 1 rolls back, or is enough for a step.
-            "harm": evidence.log_harm / self._harm_limit,
-            "safe": evidence.log_safe / self._safe_limit,
-            **{arm: _rate(getattr(evidence, arm), self.config.alpha) for arm in ARMS},
-        }
-
-
-def _rate(counts: Counts, alpha: float) -> dict[str, Any]:
-    n, k = counts
-    low, high = bounds(counts, alpha)
-    return {"n": n, "k": k, "rate": k / n if n else None, "low": low, "high": high}

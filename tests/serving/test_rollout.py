@@ -17,6 +17,7 @@ from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
 from serving.rollout.split import takes_candidate
 from serving.rollout.state import CALIBRATION, Change, Entry, Rollout, Version
+from serving.rollout.status import status_of
 
 OLD, NEW = Version("6", "sha256:old"), Version("7", "sha256:new")
 NOON = 1_780_000_000.0
@@ -127,7 +128,7 @@ def test_any_name_has_its_place() -> None:
 
 @pytest.mark.parametrize("stages", [[], [0.5], [0.5, 0.1, 1.0], [0.0, 1.0], [0.5, 0.5, 1.0], [0.5, 2.0]])
 def test_stages_must_rise_to_everybody(stages: list[float]) -> None:
-    with pytest.raises(RecipeError, match="stages must rise from above 0 to 1, as 0.01, 0.1, 1.0, got"):
+    with pytest.raises(RecipeError, match=r"stages must rise from above 0 to 1, as 0\.01, 0\.1, 1\.0, got"):
         validate(RolloutConfig, {"stages": stages}, Document("r.yaml", {}), ("serve", "rollout"))
 
 
@@ -209,7 +210,10 @@ def test_what_was_counted_in_another_stage_is_passed_over() -> None:
     change = rollout.observe("1%", {"candidate": {"error": (1000, 1000)}, "champion": {"error": (1000, 0)}}, NOON)
     assert change == Change(rollout, None)
     loading = start()
-    assert loading.observe("loading", {"candidate": {"error": (9, 9)}, "champion": {"error": (9, 0)}}, NOON).rollout == loading
+    assert (
+        loading.observe("loading", {"candidate": {"error": (9, 9)}, "champion": {"error": (9, 0)}}, NOON).rollout
+        == loading
+    )
 
 
 def test_what_is_slow_is_told_by_the_champion() -> None:
@@ -263,7 +267,10 @@ def test_labels_that_users_give_roll_back_a_candidate_that_is_wrong() -> None:
     labels = 0
     while not rollout.ended:
         labels += 1
-        told = {"champion": {"wrong": (1, int(rng.random() < 0.2))}, "candidate": {"wrong": (1, int(rng.random() < 0.6))}}
+        told = {
+            "champion": {"wrong": (1, int(rng.random() < 0.2))},
+            "candidate": {"wrong": (1, int(rng.random() < 0.6))},
+        }
         rollout = rollout.observe(rollout.stage, told, NOON).rollout
     assert labels < 200
     assert rollout.reason and "labelled answers are wrong" in rollout.reason
@@ -289,7 +296,10 @@ def test_a_replica_that_cannot_load_rolls_back_at_once() -> None:
     for rollout in (start(), shadowed()):
         change = rollout.load_failed("replica-2", "its digest is not that of the registry", NOON + 5)
         assert change.rollout.state == "rolled_back"
-        assert change.rollout.reason == "replica replica-2 cannot load the candidate: its digest is not that of the registry"
+        assert (
+            change.rollout.reason
+            == "replica replica-2 cannot load the candidate: its digest is not that of the registry"
+        )
         assert entry_of(change).who == "helio"
         assert change.rollout.load_failed("replica-3", "the same", NOON + 6) == Change(change.rollout, None)
 
@@ -312,7 +322,11 @@ def test_a_paused_rollout_takes_no_step_and_is_still_watched() -> None:
 
 def test_promote_and_abort_end_it_at_once() -> None:
     promoted = shadowed().promote("ann", "we know it well", NOON)
-    assert (promoted.rollout.state, promoted.rollout.share, promoted.rollout.reason) == ("promoted", 1.0, "we know it well")
+    assert (promoted.rollout.state, promoted.rollout.share, promoted.rollout.reason) == (
+        "promoted",
+        1.0,
+        "we know it well",
+    )
     aborted = start().abort("ann", "wrong version", NOON)
     assert (aborted.rollout.state, aborted.rollout.share) == ("aborted", 0.0)
     assert aborted.rollout.loaded(NOON) == Change(aborted.rollout, None)
@@ -376,7 +390,7 @@ def test_the_log_and_the_rollout_are_there_again_after_a_restart(path: Path, log
         assert again.last() == rollout
         assert [entry.action for entry in again.entries()] == ["start", "step", "pause", "resume", "pause"]
         assert [entry.why for entry in again.entries(2)] == ["reason 1", "reason 2"]
-        assert again.entries()[0].figures == start().status()
+        assert again.entries()[0].figures == status_of(start())
         assert again.verify() == log.verify()
         second = Rollout.start("r2", OLD, NEW, CONFIG, "ann", "once more", NOON)
         again.commit(*second)
@@ -411,7 +425,10 @@ def test_a_transition_is_on_the_disk_before_it_takes_effect(path: Path, log: Aud
 def test_the_log_only_grows(path: Path, log: AuditLog, sql: str) -> None:
     write(log, 5)
     before = log.entries()
-    with closing(sqlite3.connect(path)) as other, pytest.raises(sqlite3.IntegrityError, match="the audit log only grows"):
+    with (
+        closing(sqlite3.connect(path)) as other,
+        pytest.raises(sqlite3.IntegrityError, match="the audit log only grows"),
+    ):
         other.execute(sql)
     assert log.entries() == before
     log.verify()
@@ -438,5 +455,5 @@ def test_who_gets_around_the_triggers_is_found_out(path: Path, log: AuditLog, sq
 
 def test_a_file_that_is_no_database_is_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "control.db").write_text("no database at all, but long enough to be looked at" * 50)
-    with pytest.raises(HelioError, match="the roll-outs in .+ cannot be used: file is not a database"):
+    with pytest.raises(HelioError, match=r"the roll-outs in .+ cannot be used: file is not a database"):
         AuditLog(tmp_path / "control.db")

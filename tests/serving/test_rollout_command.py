@@ -18,8 +18,9 @@ from cluster.errors import EndpointError, HelioError
 from cluster.output import Output
 from cluster.session import free_ports
 from serving.rollout.state import Rollout
+from serving.rollout.status import status_of
 from serving.rollout_command import change_command, status_command
-from tests.serving.test_rollout import NOON, Arm, Traffic, entry_of, shadowed, start
+from tests.serving.test_rollout import NOON, Arm, Traffic, shadowed, start
 
 
 @dataclass
@@ -86,7 +87,7 @@ def printed(output: Output) -> str:
 
 
 def document(rollout: Rollout, traffic: Traffic | None = None) -> dict[str, Any]:
-    return {"rollout": rollout.status(), "audit": [asdict(entry) for entry in traffic.entries] if traffic else []}
+    return {"rollout": status_of(rollout), "audit": [asdict(entry) for entry in traffic.entries] if traffic else []}
 
 
 def test_orders_go_out_with_their_reason_and_the_answer_is_a_line(endpoint: Endpoint, output: Output) -> None:
@@ -178,20 +179,23 @@ def test_a_redirect_gets_no_key(endpoint: Endpoint, output: Output, monkeypatch:
 
 
 def test_what_goes_wrong_is_one_line(endpoint: Endpoint, output: Output, tmp_path: Path) -> None:
-    endpoint.answers({"error": {"code": "missing_scope", "message": "this key may not roll out: use one with admin"}}, 403)
+    endpoint.answers(
+        {"error": {"code": "missing_scope", "message": "this key may not roll out: use one with admin"}}, 403
+    )
     with pytest.raises(EndpointError, match="answered 403: this key may not roll out: use one with admin"):
         change_command("abort", None, "why", endpoint.url, None, False, output)
     for body in (b"<html>", b"[]", b'{"error": "x"}'):
         endpoint.status, endpoint.body = 200, body
-        with pytest.raises(EndpointError, match="answered 200, but not as helio's endpoint does: is it one?"):
+        with pytest.raises(EndpointError, match="answered 200, but not as helio's endpoint does"):
             status_command(endpoint.url, None, False, output)
     (port,) = free_ports(1)
-    with pytest.raises(EndpointError, match=rf"no endpoint answers at http://127.0.0.1:{port}: start one with"):
-        status_command(f"http://127.0.0.1:{port}", None, False, output)
+    url = f"http://127.0.0.1:{port}"
+    with pytest.raises(EndpointError, match=f"no endpoint answers at {url}: start one with"):
+        status_command(url, None, False, output)
     with pytest.raises(EndpointError, match=r"no trusted TLS connection to https://.+: look at its scheme"):
         status_command(endpoint.url.replace("http:", "https:"), None, False, output)
     for url in ("gpu-box:8000", "http://", "nonsense"):
-        with pytest.raises(HelioError, match="--endpoint must be a URL as http://127.0.0.1:8000, got"):
+        with pytest.raises(HelioError, match="--endpoint must be a URL as http://127"):
             status_command(url, None, False, output)
     with pytest.raises(HelioError, match=r"--key-file .+ cannot be read: No such file or directory"):
         status_command(endpoint.url, str(tmp_path / "none"), False, output)

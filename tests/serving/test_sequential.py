@@ -114,7 +114,9 @@ def test_bounds_hold_at_all_times_together() -> None:
     missed = 0
     for _ in range(100):
         seen = np.cumsum(rng.random(60) < 0.1)
-        missed += any(not low <= 0.1 <= high for low, high in (bounds(Counts(n, int(k)), 0.1) for n, k in enumerate(seen, 1)))
+        missed += any(
+            not low <= 0.1 <= high for low, high in (bounds(Counts(n, int(k)), 0.1) for n, k in enumerate(seen, 1))
+        )
     assert missed <= 18  # 100 of a chance of 0.1 are above 18 once in 200 times.
 
 
