@@ -26,7 +26,7 @@ CREATE TRIGGER IF NOT EXISTS rollout_audit_stays BEFORE DELETE ON rollout_audit
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END;
 -- INSERT OR REPLACE deletes without a DELETE trigger.
 CREATE TRIGGER IF NOT EXISTS rollout_audit_grows BEFORE INSERT ON rollout_audit
-WHEN NEW.number <= (SELECT max(number) FROM rollout_audit)
+WHEN NEW.number IN (SELECT number FROM rollout_audit)
 BEGIN SELECT RAISE(ABORT, 'the audit log only grows'); END;
 """
 

@@ -61,5 +61,5 @@ class RolloutConfig(Section):
 
     @property
     def safe_limit(self) -> float:
-        """The log of the e-value that is enough for a step. What is harmful in one fault fails by that one: no sharing."""
+        """The log of the e-value that is enough for a step. Harmful in one fault fails by that one: no sharing."""
         return math.log(1 / self.alpha)
