@@ -41,7 +41,8 @@ class AuditLog:
 
     def __init__(self, path: Path) -> None:
         """Raises HelioError for a file that cannot be used, as all methods do."""
-        self.path, self._lock = path, threading.Lock()
+        # These words may reach a caller: they tell no directories.
+        self._name, self._lock = path.name, threading.Lock()
         with self._faults():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(0o600)
@@ -101,13 +102,9 @@ class AuditLog:
         for expected, (number, text, kept) in enumerate(rows, 1):
             digest = _digest(digest, text)
             if number != expected or kept != digest:
-                raise HelioError(
-                    f"the audit log in {self.path} was tampered with: entry {expected} is not as it was written"
-                )
+                raise HelioError(f"the audit log was tampered with: entry {expected} is not as it was written")
         if made and made[0] != len(rows):
-            raise HelioError(
-                f"the audit log in {self.path} was tampered with: it had {made[0]} entries, and has {len(rows)}"
-            )
+            raise HelioError(f"the audit log was tampered with: it had {made[0]} entries, and has {len(rows)}")
         return digest
 
     def _last_digest(self) -> str:
@@ -133,7 +130,7 @@ class AuditLog:
             yield
         except (OSError, sqlite3.Error) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise HelioError(f"the roll-outs in {self.path} cannot be used: {reason}") from error
+            raise HelioError(f"the roll-outs in {self._name} cannot be used: {reason}") from error
 
 
 def _digest(before: str, text: str) -> str:

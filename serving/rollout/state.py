@@ -30,6 +30,8 @@ class Version:
 
     version: str
     digest: str
+    bundle: str
+    """Its directory; it is no one's business outside."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Rollout:
 
     id: str
     """Also the salt of its split."""
+    endpoint: str
+    """Id of the start of the endpoint that it runs at."""
     champion: Version
     candidate: Version
     config: RolloutConfig
@@ -79,6 +83,7 @@ class Rollout:
     def start(
         cls,
         rollout_id: str,
+        endpoint: str,
         champion: Version,
         candidate: Version,
         config: RolloutConfig,
@@ -91,7 +96,7 @@ class Rollout:
             raise HelioError(
                 f"version {candidate.version} is what the endpoint serves already: there is nothing to roll out"
             )
-        rollout = cls(rollout_id, champion, candidate, config, started=now, since=now)
+        rollout = cls(rollout_id, endpoint, champion, candidate, config, started=now, since=now)
         return rollout._change("start", who, why, now)
 
     @property
@@ -136,6 +141,7 @@ class Rollout:
             "mode": self._mode,
             "share": self.share,
             "slow_s": self.slow_s,
+            "started": self.started,
             "champion": asdict(answers),
             "candidate": None if self.ended else asdict(self.candidate),
         }

@@ -1,13 +1,12 @@
 """A roll-out in figures and words, for people."""
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from serving.rollout.config import FAULTS
 from serving.rollout.sequential import Counts, bounds
 
 if TYPE_CHECKING:
-    from serving.rollout.state import Rollout
+    from serving.rollout.state import Rollout, Version
 
 
 def status_of(rollout: "Rollout") -> dict[str, Any]:
@@ -17,8 +16,8 @@ def status_of(rollout: "Rollout") -> dict[str, Any]:
         "state": rollout.state,
         "stage": rollout.stage,
         "share": rollout.share,
-        "champion": asdict(rollout.champion),
-        "candidate": asdict(rollout.candidate),
+        "champion": identity_of(rollout.champion),
+        "candidate": identity_of(rollout.candidate),
         "started": rollout.started,
         "since": rollout.since,
         "reason": rollout.reason,
@@ -27,6 +26,11 @@ def status_of(rollout: "Rollout") -> dict[str, Any]:
         "arms": {arm: _arm(rollout, arm) for arm in ("champion", "candidate")},
         "tests": {fault: _test(rollout, fault) for fault in FAULTS},
     }
+
+
+def identity_of(version: "Version") -> dict[str, str]:
+    """What may be told of a version."""
+    return {"version": version.version, "digest": version.digest}
 
 
 def harm_text(rollout: "Rollout", fault: str) -> str:

@@ -19,7 +19,7 @@ from serving.rollout.split import takes_candidate
 from serving.rollout.state import CALIBRATION, Change, Entry, Rollout, Version
 from serving.rollout.status import status_of
 
-OLD, NEW = Version("6", "sha256:old"), Version("7", "sha256:new")
+OLD, NEW = Version("6", "sha256:old", "/b/6"), Version("7", "sha256:new", "/b/7")
 NOON = 1_780_000_000.0
 CONFIG = RolloutConfig()
 
@@ -85,7 +85,7 @@ class Traffic:
 
 
 def start(config: RolloutConfig = CONFIG, rollout_id: str = "r1") -> Rollout:
-    return Rollout.start(rollout_id, OLD, NEW, config, "ann", "new labels", NOON).rollout
+    return Rollout.start(rollout_id, "e1", OLD, NEW, config, "ann", "new labels", NOON).rollout
 
 
 def shadowed(config: RolloutConfig = CONFIG) -> Rollout:
@@ -143,7 +143,7 @@ def test_stages_may_be_whole_numbers_and_few() -> None:
 
 
 def test_a_healthy_candidate_takes_every_step_and_is_promoted() -> None:
-    began = Rollout.start("r1", OLD, NEW, CONFIG, "ann", "new labels", NOON)
+    began = Rollout.start("r1", "e1", OLD, NEW, CONFIG, "ann", "new labels", NOON)
     traffic = Traffic(began.rollout, entries=[entry_of(began)])
     assert traffic.rollout.view() == {
         "salt": "r1",
@@ -151,8 +151,9 @@ def test_a_healthy_candidate_takes_every_step_and_is_promoted() -> None:
         "mode": "load",
         "share": 0.0,
         "slow_s": None,
-        "champion": {"version": "6", "digest": "sha256:old"},
-        "candidate": {"version": "7", "digest": "sha256:new"},
+        "started": NOON,
+        "champion": {"version": "6", "digest": "sha256:old", "bundle": "/b/6"},
+        "candidate": {"version": "7", "digest": "sha256:new", "bundle": "/b/7"},
     }
     traffic.take(traffic.rollout.loaded(NOON + 1))
     assert (traffic.rollout.state, traffic.rollout.view()["mode"]) == ("shadow", "shadow")
@@ -345,7 +346,7 @@ def test_what_cannot_be_ordered_says_why() -> None:
     with pytest.raises(HelioError, match="the roll-out of version 7 is rolled back: start another"):
         start().load_failed("r", "why", NOON).rollout.abort("ann", "now", NOON)
     with pytest.raises(HelioError, match="version 8 is what the endpoint serves already"):
-        Rollout.start("r1", OLD, Version("8", OLD.digest), CONFIG, "ann", "why", NOON)
+        Rollout.start("r1", "e1", OLD, Version("8", OLD.digest, "/b/8"), CONFIG, "ann", "why", NOON)
     with pytest.raises(HelioError, match="wants to know why: say it to pause the roll-out"):
         shadowed().pause("ann", "  ", NOON)
 
@@ -374,7 +375,7 @@ def log(path: Path) -> Iterator[AuditLog]:
 
 
 def write(log: AuditLog, entries: int) -> Rollout:
-    rollout, entry = Rollout.start("r1", OLD, NEW, CONFIG, "ann", "new labels", NOON)
+    rollout, entry = Rollout.start("r1", "e1", OLD, NEW, CONFIG, "ann", "new labels", NOON)
     log.commit(rollout, entry)
     rollout, entry = rollout.loaded(NOON + 0.1)
     log.commit(rollout, entry)
@@ -395,7 +396,7 @@ def test_the_log_and_the_rollout_are_there_again_after_a_restart(path: Path, log
         assert [entry.why for entry in again.entries(2)] == ["reason 1", "reason 2"]
         assert again.entries()[0].figures == status_of(start())
         assert again.verify() == log.verify()
-        second = Rollout.start("r2", OLD, NEW, CONFIG, "ann", "once more", NOON)
+        second = Rollout.start("r2", "e1", OLD, NEW, CONFIG, "ann", "once more", NOON)
         again.commit(*second)
         again.commit(rollout, None)
     assert log.last() == second.rollout
@@ -452,7 +453,7 @@ def test_who_gets_around_the_triggers_is_found_out(path: Path, log: AuditLog, sq
         for trigger in ("keeps", "stays", "grows"):
             other.execute(f"DROP TRIGGER rollout_audit_{trigger}")
         other.execute(sql)
-    with pytest.raises(HelioError, match=rf"the audit log in .+ was tampered with: {told}"):
+    with pytest.raises(HelioError, match=rf"the audit log was tampered with: {told}"):
         log.verify()
 
 
