@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
-KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
-"""The keys that can be pressed: their Windows code, and the text that they make."""
+SWITCHES = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --remote-debugging-port=0"
+)
+
+KEYS = {"Enter": 13, "ArrowDown": 40}
+"""The keys that can be pressed, with their Windows codes."""
 
 
 def chromium() -> str | None:
@@ -25,12 +30,11 @@ def chromium() -> str | None:
 class Tab:
     """A tab of the browser. `events` holds what it has told of itself, oldest first: (method, parameters)."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, socket: ClientConnection) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
-        # A page is megabytes as a screenshot, and a proxy that the environment names cannot reach loopback.
-        self._socket = connect(address, max_size=None, compression=None, proxy=None)
+        self._socket = socket
         self._calls = 0
-        for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -59,7 +63,7 @@ class Tab:
                     if (value) return value;
                     await new Promise((resolve) => setTimeout(resolve, 20));
                 }}
-                throw new Error("never true; the page says: " + document.body.innerText);
+                throw new Error("never true; the page says: " + document.body.innerText.slice(0, 2000));
             }})()"""
         )
 
@@ -74,13 +78,16 @@ class Tab:
         self.call("DOM.setFileInputFiles", files=[str(path) for path in paths], objectId=found["result"]["objectId"])
 
     def click(self, selector: str) -> None:
-        """Click in the middle of an element with the mouse: what hides or covers it gets the click."""
+        """Click in the middle of an element, once it rests, with the mouse: what covers it gets the click."""
         x, y = self.evaluate(
-            f"""(() => {{
+            f"""(async () => {{
                 const element = document.querySelector({json.dumps(selector)});
-                element.scrollIntoView({{ block: "center", behavior: "instant" }});
-                const box = element.getBoundingClientRect();
-                return [box.x + box.width / 2, box.y + box.height / 2];
+                for (let before; ; await new Promise((then) => requestAnimationFrame(() => setTimeout(then)))) {{
+                    element.scrollIntoView({{ block: "center", behavior: "instant" }});
+                    const {{ x, y, width, height }} = element.getBoundingClientRect();
+                    if (before === `${{x}} ${{y}}`) return [x + width / 2, y + height / 2];
+                    before = `${{x}} ${{y}}`;
+                }}
             }})()"""
         )
         for kind in ("mousePressed", "mouseReleased"):
@@ -88,18 +95,13 @@ class Tab:
 
     def press(self, key: str) -> None:
         """Press a key of KEYS."""
-        code, text = KEYS[key]
-        for kind in ("keyDown", "keyUp"):
-            shown = {"text": text} if text and kind == "keyDown" else {}
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **shown)
+        facts = {"key": key, "windowsVirtualKeyCode": KEYS[key]}
+        self.call("Input.dispatchKeyEvent", type="keyDown", text="\r" if key == "Enter" else "", **facts)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **facts)
 
     def screenshot(self, path: Path) -> None:
         """Write the whole page as PNG, also what lies below the window."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
-
-    def close(self) -> None:
-        self.call("Page.close")
-        self._socket.close()
 
 
 @contextmanager
@@ -107,9 +109,7 @@ def browser(directory: Path) -> Iterator[str]:
     """A browser whose profile is `directory`, new and empty; yields where `new_tab` finds it."""
     binary = chromium()
     assert binary is not None
-    switches = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    switches += " disable-component-update disable-sync remote-debugging-port=0"
-    arguments = [binary, *(f"--{switch}" for switch in switches.split()), f"--user-data-dir={directory}", "about:blank"]
+    arguments = [binary, *SWITCHES.split(), f"--user-data-dir={directory}", "about:blank"]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port_file, end = directory / "DevToolsActivePort", time.monotonic() + 30
@@ -122,8 +122,15 @@ def browser(directory: Path) -> Iterator[str]:
         process.wait(timeout=30)
 
 
-def new_tab(address: str) -> Tab:
-    """A new tab of the browser at `address`."""
+@contextmanager
+def new_tab(address: str) -> Iterator[Tab]:
+    """A new tab of the browser at `address`, closed in the end."""
     with requests.Session() as session:
+        # A proxy that the environment names cannot reach loopback.
         session.trust_env = False
-        return Tab(session.put(f"{address}/json/new?about:blank", timeout=30).json()["webSocketDebuggerUrl"])
+        found = session.put(f"{address}/json/new?about:blank", timeout=30).json()["webSocketDebuggerUrl"]
+    # A screenshot is megabytes.
+    with connect(found, max_size=None, compression=None, proxy=None) as socket:
+        tab = Tab(socket)
+        yield tab
+        tab.call("Page.close")

@@ -50,10 +50,10 @@ function ranking(answer) {
 }
 
 function fillBars(list, classes) {
-  const template = document.getElementById("bar");
+  const template = document.getElementById("bar").content;
   list.replaceChildren(
     ...classes.map(({ label, probability }) => {
-      const bar = template.content.cloneNode(true);
+      const bar = document.importNode(template, true);
       bar.querySelector(".label").textContent = label;
       bar.querySelector(".percent").textContent = percent(probability);
       bar.querySelector(".bar span").style.width = `${100 * probability}%`;
@@ -92,7 +92,7 @@ function showAnswer(card, { body: answer, milliseconds }, announce) {
 
   const { name, version, digest } = answer.model;
   const trail = card.querySelector(".trail");
-  const time = `answered in ${Math.round(milliseconds)} ms`;
+  const time = `answered in ${Math.round(milliseconds)}\u00a0ms`;
   trail.textContent = `${name}, version ${version}, digest ${shortDigest(digest)}, ${time}`;
   trail.title = `digest ${digest}`;
   const id = card.querySelector(".request code");
@@ -110,7 +110,8 @@ function showAnswer(card, { body: answer, milliseconds }, announce) {
 
 // Makes the card of one file and asks for its answer; `announce(text)` tells those who do not see the screen.
 export function answerCard(file, announce) {
-  const card = document.getElementById("card").content.cloneNode(true).firstElementChild;
+  // Imported, not cloned: a template's own document loads no image.
+  const card = document.importNode(document.getElementById("card").content, true).firstElementChild;
   const name = file.name || "image";
   const state = card.querySelector(".state");
   const trouble = card.querySelector(".trouble");

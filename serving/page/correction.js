@@ -44,10 +44,10 @@ export function offerCorrection(card, requestId) {
     // What is typed in full, or what alone is left, needs no click.
     const typed = found.find((label) => label === search.value.trim()) ?? (found.length === 1 ? found[0] : null);
     const chosen = typed ?? new FormData(form).get("label");
-    const template = document.getElementById("choice");
+    const template = document.getElementById("choice").content;
     choices.replaceChildren(
       ...found.slice(0, SHOWN).map((label) => {
-        const choice = template.content.cloneNode(true);
+        const choice = document.importNode(template, true);
         const radio = choice.querySelector("input");
         radio.value = label;
         radio.checked = label === chosen;

@@ -31,18 +31,21 @@ function listenForImages() {
   document.addEventListener("paste", ({ clipboardData }) => {
     if (clipboardData.files.length > 0) take(clipboardData.files);
   });
+  // Text may still be dragged into the fields.
+  const forUs = ({ dataTransfer: { types } }) => types.includes("Files") || types.includes("text/uri-list");
   const dragging = (on) => document.body.classList.toggle("dragging", on);
-  document.addEventListener("dragover", (event) => {
-    // Text may still be dragged into the fields.
-    if (!event.dataTransfer.types.some((type) => ["Files", "text/uri-list"].includes(type))) return;
+  const welcome = (event) => {
+    if (!forUs(event)) return;
     event.preventDefault();
     dragging(true);
-  });
+  };
+  document.addEventListener("dragenter", welcome);
+  document.addEventListener("dragover", welcome);
   document.addEventListener("dragleave", ({ relatedTarget }) => {
     if (relatedTarget === null) dragging(false);
   });
   document.addEventListener("drop", (event) => {
-    if (!document.body.classList.contains("dragging")) return;
+    if (!forUs(event)) return;
     event.preventDefault();
     dragging(false);
     const { items, files } = event.dataTransfer;
