@@ -5,48 +5,51 @@ makes the browser hold it to that.
 """
 
 import hashlib
-from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
-SECURITY_HEADERS = {
+HEADERS = {
     # An image that a user gives is shown from a blob, the icon is a data: URL. Trusted types make the browser refuse
     # any markup that is made from a string, so that a class name stays text.
     "content-security-policy": (
-        "default-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "object-src 'none'; require-trusted-types-for 'script'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    # A browser keeps the files and asks each time whether they are still right: what it runs is then always one
+    # version of the page, also in the minute after the endpoint was changed.
+    "cache-control": "no-cache",
 }
 
 
-def page_routes() -> list[BaseRoute]:
-    """Routes of the page: `/`, and `/page/<file>` for what it loads. They ask for no API key.
+@dataclass(frozen=True)
+class PageFile:
+    """A file of the page, in memory."""
 
-    Raises OSError when a file of this package is missing.
-    """
-    files = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in MEDIA_TYPES)
-    return [
-        Route("/" if path.suffix == ".html" else f"/page/{path.name}", _endpoint(path.read_bytes(), path.suffix))
-        for path in files
-    ]
+    content: bytes
+    media_type: str
+    etag: str
 
-
-def _endpoint(content: bytes, suffix: str) -> Callable[[Request], Awaitable[Response]]:
-    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    # A browser keeps the files and asks each time whether they are still right: what it runs is then always one
-    # version of the page, also in the minute after the endpoint was changed.
-    headers = {**SECURITY_HEADERS, "cache-control": "no-cache", "etag": etag}
-
-    async def serve(request: Request) -> Response:
-        if etag in request.headers.get("if-none-match", ""):
+    def respond(self, held: str) -> Response:
+        """The file, or that it is what the browser holds; `held` is the header If-None-Match."""
+        headers = {**HEADERS, "etag": self.etag}
+        if self.etag in held:
             return Response(status_code=304, headers=headers)
-        return Response(content, media_type=MEDIA_TYPES[suffix], headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
 
-    return serve
+
+def page_files() -> dict[str, PageFile]:
+    """The files of the page by their URL's path: `/`, and `/page/…` for what it loads."""
+    found = {}
+    for path in Path(__file__).parent.iterdir():
+        if media_type := MEDIA_TYPES.get(path.suffix):
+            content = path.read_bytes()
+            etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+            found["/" if media_type == "text/html" else f"/page/{path.name}"] = PageFile(content, media_type, etag)
+    return found

@@ -4,9 +4,8 @@ import { ask } from "./api.js";
 import { offerCorrection } from "./correction.js";
 import { offerHeatMap } from "./heat.js";
 import { heatMaps } from "./model.js";
-import { count, percent, shortDigest, span } from "./words.js";
+import { milliseconds, percent, shortDigest, span } from "./words.js";
 
-const BARS = 5;
 const LANES = 4; // requests at once: a hundred images must not make the endpoint refuse others
 let freeLanes = LANES;
 const queue = [];
@@ -29,8 +28,7 @@ async function predict(file, options) {
   body.append("file", file, file.name || "image");
   const heatMap = heatMaps.offered;
   try {
-    const query = heatMap ? "probabilities=true&heat_map=true" : "probabilities=true";
-    return await ask(`v1/predict?${query}`, { method: "POST", body, ...options });
+    return await ask(`v1/predict${heatMap ? "?heat_map=true" : ""}`, { method: "POST", body, ...options });
   } catch (error) {
     if (!heatMap || error.code !== "no_heat_map") throw error;
     heatMaps.offered = false;
@@ -38,21 +36,10 @@ async function predict(file, options) {
   }
 }
 
-// Classes best first: as the endpoint ordered them, then those that it named only among all.
-function ranking(answer) {
-  const first = answer.predictions;
-  const named = new Set(first.map(({ label }) => label));
-  const others = Object.entries(answer.probabilities ?? {})
-    .filter(([label]) => !named.has(label))
-    .map(([label, probability]) => ({ label, probability }))
-    .sort((a, b) => b.probability - a.probability);
-  return [...first, ...others];
-}
-
-function fillBars(list, classes) {
+function fillBars(list, predictions) {
   const template = document.getElementById("bar").content;
   list.replaceChildren(
-    ...classes.map(({ label, probability }) => {
+    ...predictions.map(({ label, probability }) => {
       const bar = document.importNode(template, true);
       bar.querySelector(".label").textContent = label;
       bar.querySelector(".percent").textContent = percent(probability);
@@ -62,50 +49,33 @@ function fillBars(list, classes) {
   );
 }
 
-function showImage(card, url, name) {
+// Resolves to whether this browser can show the image: the model reads kinds, such as TIFF, that it cannot.
+async function showImage(card, url, name) {
   const picture = card.querySelector(".picture");
   const image = card.querySelector("img");
   image.alt = name;
   image.src = url;
-  // Resolves to whether this browser can show the image: the model reads kinds, such as TIFF, that it cannot.
-  return image.decode().then(
-    () => {
-      picture.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-      picture.classList.toggle("wide", image.naturalWidth > image.naturalHeight);
-      return true;
-    },
-    () => {
-      picture.classList.add("unshown");
-      picture.replaceChildren("This browser cannot show the image.");
-      return false;
-    },
-  );
+  try {
+    await image.decode();
+  } catch {
+    picture.classList.add("unshown");
+    picture.replaceChildren("This browser cannot show the image.");
+    return false;
+  }
+  picture.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+  picture.classList.toggle("wide", image.naturalWidth > image.naturalHeight);
+  return true;
 }
 
-function showAnswer(card, { body: answer, milliseconds }, announce) {
-  const classes = ranking(answer);
-  fillBars(card.querySelector(".top"), classes.slice(0, BARS));
-  const all = card.querySelector(".all");
-  all.hidden = classes.length <= BARS;
-  all.querySelector("summary").textContent = `All ${count(classes.length)} classes`;
-  all.addEventListener("toggle", () => fillBars(all.querySelector("ol"), all.open ? classes : []));
-
-  const { name, version, digest } = answer.model;
-  const trail = card.querySelector(".trail");
-  const time = `answered in ${Math.round(milliseconds)}\u00a0ms`;
-  trail.textContent = `${name}, version ${version}, digest ${shortDigest(digest)}, ${time}`;
-  trail.title = `digest ${digest}`;
-  const id = card.querySelector(".request code");
-  id.textContent = answer.request_id;
-  const copy = card.querySelector(".copy");
-  copy.addEventListener("click", () => {
-    // navigator.clipboard exists on HTTPS and loopback only; this works on a plain address in a team's network too.
-    getSelection().selectAllChildren(id);
-    copy.textContent = document.execCommand("copy") ? "Copied" : "Selected: copy it with Ctrl+C";
-  });
-  offerCorrection(card, answer.request_id);
+function showAnswer(card, { body: { request_id: id, predictions, model }, milliseconds: took }) {
+  fillBars(card.querySelector(".bars"), predictions);
+  const by = card.querySelector(".by");
+  const digest = shortDigest(model.digest);
+  by.textContent = `${model.name}, version ${model.version}, digest ${digest}, answered in ${milliseconds(took)}`;
+  by.title = `digest ${model.digest}`;
+  card.querySelector(".trail code").textContent = id;
+  offerCorrection(card, id);
   card.querySelector(".result").hidden = false;
-  announce(`${card.querySelector(".name").textContent}: ${classes[0].label}, ${percent(classes[0].probability)}`);
 }
 
 // Makes the card of one file and asks for its answer; `announce(text)` tells those who do not see the screen.
@@ -125,7 +95,7 @@ export function answerCard(file, announce) {
     trouble.hidden = true;
     state.textContent = "Waiting for its turn …";
     const waiting = (message, seconds) => {
-      state.textContent = seconds === null ? message : `${message} (asking again in ${span(seconds)})`;
+      state.textContent = seconds === undefined ? message : `${message} (asking again in ${span(seconds)})`;
     };
     try {
       const answer = await inLane(() => {
@@ -133,17 +103,18 @@ export function answerCard(file, announce) {
         state.textContent = "Asking the model …";
         return predict(file, { signal: leaving.signal, waiting });
       });
-      state.textContent = "";
-      showAnswer(card, answer, announce);
-      const rows = answer.body.heat_map;
-      if (rows?.length && rows[0].length && (await shown)) offerHeatMap(card, rows);
+      showAnswer(card, answer);
+      const { heat_map: rows, predictions } = answer.body;
+      announce(`${name}: ${predictions[0].label}, ${percent(predictions[0].probability)}`);
+      if (rows && (await shown)) offerHeatMap(card, rows);
     } catch (error) {
       if (leaving.signal.aborted) return;
       const request = error.requestId ? ` (request ${error.requestId})` : "";
-      state.textContent = "";
       trouble.querySelector("p").textContent = error.message + request;
       trouble.hidden = false;
       announce(`${name}: ${error.message}`);
+    } finally {
+      state.textContent = "";
     }
   }
 

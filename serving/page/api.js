@@ -3,43 +3,38 @@
 const KEY = "helio-api-key";
 const TIMEOUT_MS = 30_000; // of a request that its caller cannot give up
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, facts = {}) {
     super(message);
-    this.status = facts.status ?? 0; // 0: no answer came
-    this.code = facts.code ?? "";
-    this.requestId = facts.requestId ?? "";
-    this.retryAfter = facts.retryAfter ?? null; // seconds, where the endpoint asks to wait
+    this.status = facts.status; // undefined: no answer came
+    this.code = facts.code;
+    this.requestId = facts.requestId;
+    this.retryAfter = facts.retryAfter; // seconds, where the endpoint asks to wait
   }
 }
 
 const currentKey = () => sessionStorage.getItem(KEY) ?? "";
-let keyWait = null; // {promise, resolve} of those that wait for a key
 
 export const hasKey = () => currentKey() !== "";
 
+// Those that wait for a key hear of it by the event `key-given`.
 export function useKey(key) {
   sessionStorage.setItem(KEY, key);
-  keyWait?.resolve();
-  keyWait = null;
+  document.dispatchEvent(new Event("key-given"));
 }
 
-// Resolves when there is another key than the refused one. The page listens to `key-wanted` and shows the field.
-function anotherKey(refused, why) {
-  if (currentKey() !== refused) return Promise.resolve();
-  if (keyWait === null) {
-    keyWait = {};
-    keyWait.promise = new Promise((resolve) => (keyWait.resolve = resolve));
-  }
-  document.dispatchEvent(new CustomEvent("key-wanted", { detail: why }));
-  return keyWait.promise;
+// Resolves at the next of these events of the document, or after so long.
+export function next(events, milliseconds) {
+  const over = new AbortController();
+  return new Promise((resolve) => {
+    for (const event of events) document.addEventListener(event, resolve, { signal: over.signal });
+    if (milliseconds !== undefined) setTimeout(resolve, milliseconds);
+  }).finally(() => over.abort());
 }
 
 function secondsToWait(response) {
-  const asked = response.headers.get("retry-after");
-  if (asked === null || ![429, 503].includes(response.status)) return null;
-  const seconds = /^\s*\d+(\.\d+)?\s*$/.test(asked) ? Number(asked) : (Date.parse(asked) - Date.now()) / 1000;
-  return Number.isFinite(seconds) ? Math.max(1, Math.ceil(seconds)) : null;
+  const seconds = Number(response.headers.get("retry-after") ?? NaN);
+  return [429, 503].includes(response.status) && seconds >= 0 ? Math.max(1, Math.ceil(seconds)) : undefined;
 }
 
 // One request. Resolves to {body, milliseconds}; rejects with an ApiError whose message is for people.
@@ -52,7 +47,7 @@ async function request(path, key, options) {
   try {
     response = await fetch(path, { ...options, headers, signal, cache: "no-store" });
     text = await response.text();
-  } catch (error) {
+  } catch {
     options.signal?.throwIfAborted();
     throw new ApiError("The endpoint does not answer: check that it runs and that this machine reaches it.");
   }
@@ -64,17 +59,12 @@ async function request(path, key, options) {
     // A proxy on the way answers in HTML: its status has to do.
   }
   if (response.ok && body !== null) return { body, milliseconds };
-  const reason = body?.error?.message ?? `The endpoint answered with status ${response.status} and gave no reason.`;
-  throw new ApiError(reason, {
+  throw new ApiError(body?.error?.message ?? `The endpoint answered with status ${response.status} and no reason.`, {
     status: response.status,
     code: body?.error?.code,
-    requestId: body?.request_id ?? response.headers.get("x-request-id"),
+    requestId: response.headers.get("x-request-id"),
     retryAfter: secondsToWait(response),
   });
-}
-
-export function sleep(milliseconds) {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
 
 // Asks until there is an answer: waits for a key where one is wanted. Where the endpoint says when to come again,
@@ -86,14 +76,18 @@ export async function ask(path, { waiting, ...options } = {}) {
       return await request(path, key, options);
     } catch (error) {
       if (error.status === 401) {
-        waiting?.(error.message, null);
-        await anotherKey(key, error.message);
-      } else if (waiting !== undefined && error.retryAfter != null) {
+        waiting?.(error.message);
+        if (currentKey() === key) {
+          const given = next(["key-given"]);
+          document.dispatchEvent(new CustomEvent("key-wanted", { detail: error.message }));
+          await given;
+        }
+      } else if (waiting !== undefined && error.retryAfter !== undefined) {
         // By the clock: a hidden tab's timers come late.
         const until = Date.now() + error.retryAfter * 1000;
         for (let left = error.retryAfter; left > 0; left = Math.ceil((until - Date.now()) / 1000)) {
           waiting(error.message, left);
-          await sleep(Math.min(1000, until - Date.now()));
+          await next([], Math.min(1000, until - Date.now()));
           options.signal?.throwIfAborted();
         }
       } else {

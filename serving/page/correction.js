@@ -4,10 +4,11 @@ import { ask } from "./api.js";
 import { describeModel } from "./model.js";
 import { count, span } from "./words.js";
 
-const SHOWN = 100; // of ten thousand classes nobody reads more: searching narrows them
+const FEW = 12; // classes that need no search
+const SHOWN = 100; // of ten thousand nobody reads more: searching narrows them
 
-// Classes that hold what is searched, the whole name first, then those that begin with it.
-export function matches(classes, wanted) {
+// Classes that hold what is searched: the whole name first, then those that begin with it.
+function matches(classes, wanted) {
   const text = wanted.trim().toLowerCase();
   const rank = (label) => (label === text ? 0 : label.startsWith(text) ? 1 : 2);
   return classes
@@ -36,7 +37,7 @@ export function offerCorrection(card, requestId) {
   const toggle = (shown) => {
     form.hidden = !shown;
     open.setAttribute("aria-expanded", shown);
-    (shown ? search : open).focus();
+    if (!shown) open.focus();
   };
 
   function list() {
@@ -67,13 +68,18 @@ export function offerCorrection(card, requestId) {
     more.textContent = "Asking for the classes …";
     try {
       ({ classes } = await describeModel());
+      search.parentElement.hidden = classes.length <= FEW;
       list();
+      (classes.length <= FEW ? choices.querySelector("input") : search).focus();
     } catch (error) {
       more.textContent = "";
       say(error.message);
     }
   });
   form.querySelector(".cancel").addEventListener("click", () => toggle(false));
+  form.addEventListener("keydown", ({ key }) => {
+    if (key === "Escape") toggle(false);
+  });
   search.addEventListener("input", list);
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -85,10 +91,10 @@ export function offerCorrection(card, requestId) {
       await ask("v1/feedback", {
         method: "POST",
         headers: { "content-type": "application/json" },
-        body: JSON.stringify({ request_id: requestId, label, image: 0 }),
+        body: JSON.stringify({ request_id: requestId, label }),
         waiting: (message, seconds) => {
           say(message);
-          if (seconds !== null) send.textContent = `Sent again in ${span(seconds)}`;
+          if (seconds !== undefined) send.textContent = `Sent again in ${span(seconds)}`;
         },
       });
       say("");

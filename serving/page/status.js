@@ -1,11 +1,12 @@
-// What runs now: replicas, and a roll-out with its stages and figures. Asks while somebody can see it.
+// What runs now: replicas, what they have answered, and a roll-out with its figures. Asks while somebody can see it.
 
-import { ask, sleep } from "./api.js";
-import { count, percent, shortDigest } from "./words.js";
+import { ask, next } from "./api.js";
+import { count, milliseconds, percent, shortDigest } from "./words.js";
 
 const PERIOD_MS = 2000;
 const LONGEST_MS = 60_000;
-const STAGES = [1, 5, 25, 50, 100]; // per cent of users
+const FAULTS = { error: "failed", slow: "slow", disagreement: "disagree", wrong: "wrong" };
+const ENDED = ["promoted", "rolled_back", "aborted"];
 
 const element = (id) => document.getElementById(id);
 
@@ -21,87 +22,74 @@ function say(target, text) {
   if (target.textContent !== text) target.textContent = text;
 }
 
-const versionName = (version) => `version ${version?.version ?? "?"}`;
+// Whole numbers of per cent, but for small shares.
+const users = (share) => `${Number((100 * share).toPrecision(2))} % of users`;
 
-function figure(name, value) {
-  if (name.endsWith("_ms")) return `${value.toFixed(value < 10 ? 1 : 0)} ms`;
-  if (name.endsWith("_s")) return figure("_ms", 1000 * value);
-  return Number.isInteger(value) ? count(value) : value.toPrecision(3);
+function whatItDoes({ state, share, reason, champion, candidate }) {
+  const [old, fresh] = [`version ${champion.version}`, `version ${candidate.version}`];
+  const why = reason ? `: ${reason}.` : ".";
+  if (ENDED.includes(state)) return `${state === "promoted" ? fresh : old} answers all users${why}`;
+  if (share > 0) return `${fresh} answers ${users(share)}, ${old} the others.`;
+  return state === "loading" ? `${fresh} is being loaded beside ${old}.` : `${fresh} gets copies of what ${old} answers.`;
 }
 
-function errorRate({ requests = 0, errors = 0 }) {
-  return requests > 0 ? `${count(errors)} (${percent(errors / requests)})` : count(errors);
+function faultCell(found) {
+  return found.n > 0 ? `${count(found.k)} (${percent(found.rate)})` : "–";
 }
 
-// One row a figure, one column an arm. Beside requests and errors an arm may carry any other numbers: `p50_ms` is
-// shown as "p50" in milliseconds.
-function showArms({ arms = {}, champion, candidate }) {
-  const columns = [arms.champion ?? {}, arms.candidate ?? {}];
-  const others = Object.keys({ ...columns[0], ...columns[1] }).filter(
-    (name) => !["requests", "errors"].includes(name) && columns.some((arm) => typeof arm[name] === "number"),
-  );
-  const rows = [
-    ["requests", columns.map((arm) => count(arm.requests ?? 0))],
-    ["errors", columns.map(errorRate)],
-    ...others.map((name) => [
-      name.replace(/_m?s$/, "").replaceAll("_", " "),
-      columns.map((arm) => (typeof arm[name] === "number" ? figure(name, arm[name]) : "–")),
-    ]),
-  ];
+// A row for each kind of fault that is looked for. `safe` is evidence that there is none, as a share of what a step
+// takes.
+function testRows({ arms, tests, state }) {
+  const rows = [["requests", count(arms.champion.requests), count(arms.candidate.requests), ""]];
+  for (const [fault, name] of Object.entries(FAULTS)) {
+    const { champion, candidate, needed, safe } = tests[fault];
+    const evidence = needed && !ENDED.includes(state) ? `${Math.floor(100 * Math.min(1, Math.max(0, safe)))} %` : "";
+    rows.push([name, fault === "disagreement" ? "–" : faultCell(champion), faultCell(candidate), evidence]);
+  }
+  return rows;
+}
+
+function showRollout(rollout) {
+  element("rollout").hidden = !rollout;
+  if (!rollout) return;
+  const { state, share, champion, candidate } = rollout;
+  const badge = element("rollout-state");
+  say(badge, state.replaceAll("_", " "));
+  badge.dataset.state = state;
+  say(element("rollout-says"), whatItDoes(rollout));
+  element("split").firstElementChild.style.width = `${100 * share}%`;
   const head = document.createElement("tr");
   head.append(
     make("td", ""),
-    make("th", `champion ${versionName(champion)}`, { scope: "col", title: champion?.digest ?? "" }),
-    make("th", `candidate ${versionName(candidate)}`, { scope: "col", title: candidate?.digest ?? "" }),
+    make("th", `version ${champion.version}`, { scope: "col", title: champion.digest }),
+    make("th", `version ${candidate.version}`, { scope: "col", title: candidate.digest }),
+    make("th", "evidence", { scope: "col" }),
   );
-  const lines = rows.map(([name, cells]) => {
+  const lines = testRows(rollout).map(([name, ...cells]) => {
     const line = document.createElement("tr");
     line.append(make("th", name, { scope: "row" }), ...cells.map((cell) => make("td", cell)));
     return line;
   });
-  element("arms").replaceChildren(head, ...lines);
+  element("tests").replaceChildren(head, ...lines);
+  const onward = element("next-step");
+  onward.hidden = !["shadow", "sharing"].includes(state);
+  onward.textContent = `Figures are of this stage. A step takes ${count(rollout.min_requests)} requests of version ${candidate.version}, and 100 % of evidence that it is no worse.`;
 }
 
-// `share` is a fraction of users, 0 to 1.
-function showRollout(rollout) {
-  element("rollout").hidden = !rollout;
-  if (!rollout) return;
-  const share = Math.round(100 * (rollout.share ?? 0));
-  const state = String(rollout.state).replaceAll("_", " ");
-  const stage = rollout.stage === undefined || rollout.stage === rollout.state ? "" : `, stage ${rollout.stage}`;
-  const why = rollout.reason ? ` ${rollout.reason}` : "";
-  const who = `${versionName(rollout.candidate)} answers ${share} % of users.`;
-  say(element("rollout-state"), `${state}${stage}: ${who}${why}`);
-  const reached = STAGES.findLast((percentage) => percentage <= share);
-  element("stages").replaceChildren(
-    ...STAGES.map((percentage) => {
-      const step = make("li", `${percentage} %`, percentage <= share ? { class: "reached" } : {});
-      if (percentage === reached) step.setAttribute("aria-current", "step");
-      return step;
-    }),
-  );
-  showArms(rollout);
-}
-
-function showStatus({ model, replicas, rollout }) {
-  const { running = 0, starting = 0 } = replicas ?? {};
-  const replicasNow = `${running} running${starting > 0 ? `, ${starting} starting` : ""}`;
-  const asleep = running + starting === 0 ? ": the next request starts one" : "";
-  element("facts").replaceChildren(
-    make("dt", "Replicas"),
-    make("dd", replicasNow + asleep),
-    make("dt", "Model"),
-    make("dd", `${model?.name}, ${versionName(model)}`),
-    make("dt", "Digest"),
-    make("dd", shortDigest(model?.digest), { title: model?.digest ?? "" }),
-  );
+function showStatus({ model, replicas, rollout, arms }) {
+  const { running, starting = 0 } = replicas;
+  const { requests, errors, p50_ms: p50, p99_ms: p99 } = arms?.champion ?? {};
+  const facts = [
+    ["Replicas", `${running} running${starting > 0 ? `, ${starting} starting` : ""}`],
+    ["Model", `${model.name}, version ${model.version}`],
+    ["Digest", shortDigest(model.digest)],
+  ];
+  if (requests !== undefined) facts.push(["Answers", `${count(requests)}, ${count(errors)} failed`]);
+  if (typeof p99 === "number") facts.push(["Latency", `${milliseconds(p50)}, p99 ${milliseconds(p99)}`]);
+  element("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   showRollout(rollout);
-  const share = rollout ? ` · roll-out ${Math.round(100 * (rollout.share ?? 0))} %` : "";
+  const share = rollout && !ENDED.includes(rollout.state) ? ` · roll-out ${rollout.stage}` : "";
   say(element("summary"), `${running} ${running === 1 ? "replica" : "replicas"}${share}`);
-}
-
-function shownOrHidden() {
-  return new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
 }
 
 // Never ends. `heard(model)` is called with what each status says of the model.
@@ -111,10 +99,11 @@ export async function watchStatus(heard) {
   let last = null;
   let failures = 0;
   for (;;) {
-    while (document.hidden) await shownOrHidden();
+    while (document.hidden) await next(["visibilitychange"]);
     let pause = PERIOD_MS;
     try {
       const { body } = await ask("v1/status");
+      // What has not changed may stay selected.
       const text = JSON.stringify(body);
       if (text !== shown) showStatus(body);
       shown = text;
@@ -128,7 +117,7 @@ export async function watchStatus(heard) {
     }
     trouble.hidden = failures === 0;
     element("news").classList.toggle("stale", failures > 0);
-    // Who comes back to the tab sees what is true now.
-    await Promise.race([sleep(pause), shownOrHidden()]);
+    // Who comes back to the tab, or gives another key, sees what is true now.
+    await next(["visibilitychange", "key-given"], pause);
   }
 }

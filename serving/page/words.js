@@ -11,11 +11,15 @@ export function count(number) {
   return number.toLocaleString("en");
 }
 
+export function milliseconds(number) {
+  return `${number.toFixed(number < 10 ? 1 : 0)}\u00a0ms`;
+}
+
 export function span(seconds) {
   if (seconds < 120) return `${seconds} s`;
   return seconds < 7200 ? `${Math.round(seconds / 60)} minutes` : `${Math.round(seconds / 3600)} hours`;
 }
 
 export function shortDigest(digest) {
-  return String(digest ?? "").replace(/^sha256:/, "").slice(0, 12);
+  return digest.replace(/^sha256:/, "").slice(0, 12);
 }

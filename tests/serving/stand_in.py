@@ -12,12 +12,13 @@ from typing import Any
 import cv2
 import numpy as np
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
-from serving.page import page_routes
+from serving.page import page_files
 
 MAX_BYTES = 200_000
 CHAMPION = {"name": "pets", "version": "7", "digest": "sha256:" + "0123456789abcdef" * 4}
@@ -65,9 +66,7 @@ class StandIn:
         if refusals := self.refusals.get(request.url.path):
             raise refusals.pop(0)
 
-    async def predict(
-        self, request: Request, top_k: int = 5, probabilities: bool = False, heat_map: bool = False
-    ) -> Response:
+    async def predict(self, request: Request) -> Response:
         self.admit(request)
         if len(await request.body()) > MAX_BYTES:
             text = f"the request is larger than the {MAX_BYTES:,} bytes that are read: send a smaller image"
@@ -79,15 +78,13 @@ class StandIn:
             pixels = cv2.imdecode(np.frombuffer(await file.read() or b"0", np.uint8), cv2.IMREAD_COLOR)
         if pixels is None:
             raise Refused(415, "not_an_image", "the image cannot be decoded: send a whole one")
-        best = sorted(self.scores, key=lambda label: -self.scores[label])[:top_k]
+        best = sorted(self.scores, key=lambda label: -self.scores[label])[:5]
         answer: dict[str, Any] = {
             "request_id": uuid.uuid4().hex,
             "predictions": [{"label": label, "probability": self.scores[label]} for label in best],
             "model": CHAMPION,
         }
-        if probabilities:
-            answer["probabilities"] = self.scores
-        if heat_map and self.heat_map is not None:
+        if "heat_map" in request.query_params and self.heat_map is not None:
             answer["heat_map"] = self.heat_map
         self.predictions.append(answer)
         return JSONResponse(answer, headers={"x-request-id": answer["request_id"]})
@@ -108,23 +105,35 @@ class StandIn:
 
     async def status(self, request: Request) -> Response:
         self.admit(request)
+        arms = {"champion": {"requests": 31_207, "errors": 4, "p50_ms": 8.31, "p99_ms": 41.27}}
         replicas = {"running": 2, "starting": 1}
-        return JSONResponse({"model": CHAMPION, "replicas": replicas, "rollout": self.rollout})
+        return JSONResponse({"model": CHAMPION, "replicas": replicas, "rollout": self.rollout, "arms": arms})
+
+    async def page(self, request: Request) -> Response:
+        return page_files()[request.url.path].respond(request.headers.get("if-none-match", ""))
 
 
-def rollout_at(share: float) -> dict[str, Any]:
-    """A roll-out that has reached `share` of the users."""
-    return {
-        "state": "running",
-        "stage": "ramp",
-        "share": share,
-        "candidate": CANDIDATE,
-        "champion": CHAMPION,
-        "arms": {
-            "champion": {"requests": 7512, "errors": 3, "p50_ms": 8.31, "p99_ms": 41.0},
-            "candidate": {"requests": 2488, "errors": 25, "p50_ms": 9.02, "p99_ms": 44.5},
-        },
+def rollout_at(state: str, share: float, **more: Any) -> dict[str, Any]:
+    """A roll-out that has come so far."""
+    counts = {"error": ((7512, 3), (2488, 25)), "slow": ((7509, 88), (2463, 31)), "disagreement": ((0, 0), (512, 40))}
+    tests = {
+        fault: {
+            "needed": fault in ("error", "slow"),
+            "harm": -0.4,
+            "safe": 0.62 if fault == "error" else 1.8,
+            "champion": {"n": champion[0], "k": champion[1], "rate": champion[1] / champion[0] if champion[0] else None},
+            "candidate": {"n": candidate[0], "k": candidate[1], "rate": candidate[1] / candidate[0] if candidate[0] else None},
+        }
+        for fault, (champion, candidate) in {**counts, "wrong": ((0, 0), (0, 0))}.items()
     }
+    arms = {
+        "champion": {"requests": 7512, "errors": 3, "slow": 88, "wrong": 0},
+        "candidate": {"requests": 2488, "errors": 25, "slow": 31, "disagreements": 40, "wrong": 0},
+    }
+    stage = f"{100 * share:g}%" if share else state
+    champion = {name: CHAMPION[name] for name in ("version", "digest")}
+    told = {"id": "r1", "state": state, "stage": stage, "share": share, "min_requests": 100, "reason": None}
+    return {**told, "champion": champion, "candidate": CANDIDATE, "arms": arms, "tests": tests, **more}
 
 
 async def _refuse(_: Request, error: Refused) -> Response:
@@ -135,13 +144,14 @@ async def _refuse(_: Request, error: Refused) -> Response:
 def stand_in(scores: dict[str, float]) -> Iterator[StandIn]:
     """A stand-in that listens on a free port of loopback, with the page at `/`."""
     endpoint = StandIn(scores)
-    api = FastAPI()
-    api.add_api_route("/v1/predict", endpoint.predict, methods=["POST"])
-    api.add_api_route("/v1/feedback", endpoint.store, methods=["POST"])
-    api.add_api_route("/v1/model", endpoint.describe)
-    api.add_api_route("/v1/status", endpoint.status)
-    api.exception_handler(Refused)(_refuse)
-    api.router.routes.extend(page_routes())
+    routes = [
+        Route("/v1/predict", endpoint.predict, methods=["POST"]),
+        Route("/v1/feedback", endpoint.store, methods=["POST"]),
+        Route("/v1/model", endpoint.describe),
+        Route("/v1/status", endpoint.status),
+        *(Route(path, endpoint.page) for path in page_files()),
+    ]
+    api = Starlette(routes=routes, exception_handlers={Refused: _refuse})
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(api, log_level="critical", ws="none", timeout_graceful_shutdown=1))
