@@ -18,7 +18,7 @@ SWITCHES = (
     "--disable-component-update --disable-sync --remote-debugging-port=0"
 )
 
-KEYS = {"Enter": 13, "ArrowDown": 40}
+KEYS = {"Enter": 13, "Escape": 27, "ArrowDown": 40}
 """The keys that can be pressed, with their Windows codes."""
 
 

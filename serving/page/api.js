@@ -76,10 +76,11 @@ export async function ask(path, { waiting, ...options } = {}) {
       return await request(path, key, options);
     } catch (error) {
       if (error.status === 401) {
-        waiting?.(error.message);
+        const why = error.code === "no_key" ? "This endpoint wants an API key. Who runs it can make one." : error.message;
+        waiting?.(why);
         if (currentKey() === key) {
           const given = next(["key-given"]);
-          document.dispatchEvent(new CustomEvent("key-wanted", { detail: error.message }));
+          document.dispatchEvent(new CustomEvent("key-wanted", { detail: why }));
           await given;
         }
       } else if (waiting !== undefined && error.retryAfter !== undefined) {

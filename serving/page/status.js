@@ -39,25 +39,18 @@ function faultCell(found) {
 
 // A row for each kind of fault that is looked for. `safe` is evidence that there is none, as a share of what a step
 // takes.
-function testRows({ arms, tests, state }) {
+function testRows({ arms, tests }) {
   const rows = [["requests", count(arms.champion.requests), count(arms.candidate.requests), ""]];
   for (const [fault, name] of Object.entries(FAULTS)) {
     const { champion, candidate, needed, safe } = tests[fault];
-    const evidence = needed && !ENDED.includes(state) ? `${Math.floor(100 * Math.min(1, Math.max(0, safe)))} %` : "";
+    const evidence = needed ? `${Math.floor(100 * Math.min(1, Math.max(0, safe)))} %` : "";
     rows.push([name, fault === "disagreement" ? "–" : faultCell(champion), faultCell(candidate), evidence]);
   }
   return rows;
 }
 
-function showRollout(rollout) {
-  element("rollout").hidden = !rollout;
-  if (!rollout) return;
-  const { state, share, champion, candidate } = rollout;
-  const badge = element("rollout-state");
-  say(badge, state.replaceAll("_", " "));
-  badge.dataset.state = state;
-  say(element("rollout-says"), whatItDoes(rollout));
-  element("split").firstElementChild.style.width = `${100 * share}%`;
+function showTests(rollout) {
+  const { champion, candidate } = rollout;
   const head = document.createElement("tr");
   head.append(
     make("td", ""),
@@ -71,9 +64,22 @@ function showRollout(rollout) {
     return line;
   });
   element("tests").replaceChildren(head, ...lines);
-  const onward = element("next-step");
-  onward.hidden = !["shadow", "sharing"].includes(state);
-  onward.textContent = `Figures are of this stage. A step takes ${count(rollout.min_requests)} requests of version ${candidate.version}, and 100 % of evidence that it is no worse.`;
+  element("next-step").textContent =
+    `Figures are of this stage. A step takes ${count(rollout.min_requests)} requests of version ` +
+    `${candidate.version}, and 100 % of evidence that it is no worse.`;
+}
+
+function showRollout(rollout) {
+  element("rollout").hidden = !rollout;
+  if (!rollout) return;
+  const { state, share } = rollout;
+  const badge = element("rollout-state");
+  say(badge, state.replaceAll("_", " "));
+  badge.dataset.state = state;
+  say(element("rollout-says"), whatItDoes(rollout));
+  element("split").firstElementChild.style.width = `${100 * share}%`;
+  element("under-way").hidden = ENDED.includes(state);
+  showTests(rollout);
 }
 
 function showStatus({ model, replicas, rollout, arms }) {
@@ -84,8 +90,8 @@ function showStatus({ model, replicas, rollout, arms }) {
     ["Model", `${model.name}, version ${model.version}`],
     ["Digest", shortDigest(model.digest)],
   ];
-  if (requests !== undefined) facts.push(["Answers", `${count(requests)}, ${count(errors)} failed`]);
-  if (typeof p99 === "number") facts.push(["Latency", `${milliseconds(p50)}, p99 ${milliseconds(p99)}`]);
+  if (requests !== undefined) facts.push(["Requests", `${count(requests)}, ${count(errors)} failed`]);
+  if (typeof p99 === "number") facts.push(["Latency", `median ${milliseconds(p50)}, p99 ${milliseconds(p99)}`]);
   element("facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", name), make("dd", value)]));
   showRollout(rollout);
   const share = rollout && !ENDED.includes(rollout.state) ? ` · roll-out ${rollout.stage}` : "";

@@ -61,8 +61,10 @@ class StandIn:
 
     def admit(self, request: Request) -> None:
         self.asked.append(request)
-        if self.key is not None and request.headers.get("authorization") != f"Bearer {self.key}":
-            raise Refused(401, "unauthorized", "this endpoint wants an API key: send Authorization: Bearer helio_…")
+        if self.key is not None and "authorization" not in request.headers:
+            raise Refused(401, "no_key", "this endpoint wants a key: send the header Authorization: Bearer helio_…")
+        if self.key is not None and request.headers["authorization"] != f"Bearer {self.key}":
+            raise Refused(401, "unknown_key", "the endpoint does not know this key")
         if refusals := self.refusals.get(request.url.path):
             raise refusals.pop(0)
 
@@ -121,8 +123,16 @@ def rollout_at(state: str, share: float, **more: Any) -> dict[str, Any]:
             "needed": fault in ("error", "slow"),
             "harm": -0.4,
             "safe": 0.62 if fault == "error" else 1.8,
-            "champion": {"n": champion[0], "k": champion[1], "rate": champion[1] / champion[0] if champion[0] else None},
-            "candidate": {"n": candidate[0], "k": candidate[1], "rate": candidate[1] / candidate[0] if candidate[0] else None},
+            "champion": {
+                "n": champion[0],
+                "k": champion[1],
+                "rate": champion[1] / champion[0] if champion[0] else None,
+            },
+            "candidate": {
+                "n": candidate[0],
+                "k": candidate[1],
+                "rate": candidate[1] / candidate[0] if candidate[0] else None,
+            },
         }
         for fault, (champion, candidate) in {**counts, "wrong": ((0, 0), (0, 0))}.items()
     }
