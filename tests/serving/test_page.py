@@ -429,7 +429,7 @@ def test_the_endpoints_own_answers_are_shown(address: str, url: str, photo: Path
     with new_tab(address) as tab, requests.Session() as session:
         tab.go(url)
         tab.wait("document.querySelector('#facts').innerText.includes('running')")
-        assert text(tab, "#model") == f"tiny, version 7: {len(CLASSES)} classes"
+        tab.wait(f"document.querySelector('#model').innerText === 'tiny, version 7: {len(CLASSES)} classes'")
         tab.choose_files("#files", photo)
         tab.wait("document.querySelector('.result').checkVisibility()")
         files = {"file": photo.read_bytes()}
