@@ -71,7 +71,7 @@ function showAnswer(card, { body: { request_id: id, predictions, model }, millis
   fillBars(card.querySelector(".bars"), predictions);
   const by = card.querySelector(".by");
   const digest = shortDigest(model.digest);
-  by.textContent = `${model.name}, version ${model.version}, digest ${digest}, answered in ${milliseconds(took)}`;
+  by.textContent = `${model.name}, version ${model.version}, digest ${digest}, ${milliseconds(took)}`;
   by.title = `digest ${model.digest}`;
   card.querySelector(".trail code").textContent = id;
   offerCorrection(card, id);

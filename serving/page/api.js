@@ -76,7 +76,7 @@ export async function ask(path, { waiting, ...options } = {}) {
       return await request(path, key, options);
     } catch (error) {
       if (error.status === 401) {
-        const why = error.code === "no_key" ? "This endpoint wants an API key. Who runs it can make one." : error.message;
+        const why = error.code === "no_key" ? "This endpoint wants an API key. Whoever runs it can make one." : error.message;
         waiting?.(why);
         if (currentKey() === key) {
           const given = next(["key-given"]);

@@ -27,8 +27,7 @@ const users = (share) => `${Number((100 * share).toPrecision(2))} % of users`;
 
 function whatItDoes({ state, share, reason, champion, candidate }) {
   const [old, fresh] = [`version ${champion.version}`, `version ${candidate.version}`];
-  const why = reason ? `: ${reason}.` : ".";
-  if (ENDED.includes(state)) return `${state === "promoted" ? fresh : old} answers all users${why}`;
+  if (ENDED.includes(state)) return `${state === "promoted" ? fresh : old} answers all users. Why: ${reason}.`;
   if (share > 0) return `${fresh} answers ${users(share)}, ${old} the others.`;
   return state === "loading" ? `${fresh} is being loaded beside ${old}.` : `${fresh} gets copies of what ${old} answers.`;
 }

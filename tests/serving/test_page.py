@@ -97,7 +97,7 @@ def test_an_image_gets_bars_in_order_and_the_trail_of_its_answer(tab: Tab, endpo
         ["elk", "1.0 %", "0.979%"],
         ["cat", "< 0.1 %", "0.02%"],
     ]
-    assert "pets, version 7, digest 0123456789ab, answered in " in text(tab, ".trail")
+    assert "pets, version 7, digest 0123456789ab, " in text(tab, ".trail")
     assert text(tab, ".trail code") == endpoint.predictions[0]["request_id"]
     assert tab.evaluate("document.querySelector('article img').naturalWidth") == 120
     assert text(tab, "#model") == "pets, version 7: 6 classes"
@@ -268,7 +268,7 @@ def test_a_key_is_asked_for_and_sent(tab: Tab, endpoint: StandIn, photo: Path) -
     endpoint.key = "helio_right"
     tab.go(endpoint.url)
     tab.wait("document.querySelector('#key').checkVisibility()")
-    assert text(tab, "#key-why") == "This endpoint wants an API key. Who runs it can make one."
+    assert text(tab, "#key-why") == "This endpoint wants an API key. Whoever runs it can make one."
     tab.choose_files("#files", photo)
     tab.wait("document.querySelector('.state').innerText.includes('This endpoint wants an API key')")
     for key in ("helio_wrong", "helio_right"):
@@ -314,8 +314,8 @@ def test_a_roll_out_is_watched(tab: Tab, endpoint: StandIn) -> None:
         ("loading", 0.0, None, "Version 8 is being loaded beside version 7."),
         ("shadow", 0.0, None, "Version 8 gets copies of what version 7 answers."),
         ("paused", 0.05, None, "Version 8 answers 5 % of users, version 7 the others."),
-        ("rolled_back", 0.0, "its requests fail", "Version 7 answers all users: its requests fail."),
-        ("promoted", 1.0, "every step was earned", "Version 8 answers all users: every step was earned."),
+        ("rolled_back", 0.0, "its requests fail", "Version 7 answers all users. Why: its requests fail."),
+        ("promoted", 1.0, "every step was earned", "Version 8 answers all users. Why: every step was earned."),
     ):
         endpoint.rollout = rollout_at(state, share, reason=reason)
         tab.wait(f"document.querySelector('#rollout-state').innerText === '{state.replace('_', ' ')}'")
