@@ -77,7 +77,7 @@ function showRollout(rollout) {
   badge.dataset.state = state;
   say(element("rollout-says"), whatItDoes(rollout));
   element("split").firstElementChild.style.width = `${100 * share}%`;
-  element("under-way").hidden = ENDED.includes(state);
+  element("under-way").hidden = state === "loading" || ENDED.includes(state);
   showTests(rollout);
 }
 
