@@ -11,8 +11,9 @@
     /v2/…              the Open Inference Protocol, see serving.open_inference
     GET  /healthz      the process is up
     GET  /readyz       the model is loaded and warm
+    GET  /             a page for people, see serving.page
 
-Where keys are on, all but the last two want one with the scope of SCOPE_OF.
+Where keys are on, all but the last three want one with the scope of SCOPE_OF.
 """
 
 import asyncio
@@ -41,6 +42,7 @@ from serving.metrics.replica import Arm, Metrics
 from serving.open_inference import OpenInference, error_response
 from serving.open_inference_grpc import Context
 from serving.open_inference_tensors import Answers
+from serving.page import page_files
 from serving.records.feedback import Feedback
 from serving.records.identity import new_request_id
 from serving.records.log import PredictionLog, Record
@@ -106,6 +108,7 @@ class Api:
         self._usual = Options(min(config.top_k, len(served.classes)))
         self.champion = desk.metrics.arm("champion", served.version.version)
         self._nobody = desk.metrics.arm(NO_ARM)
+        self._page = page_files()
         self.ongoing = 0
         self.routes: dict[str, dict[str, Handler]] = {
             "/v1/predict": {"POST": self.predict},
@@ -115,6 +118,8 @@ class Api:
             "/metrics": {"GET": self.metrics},
             "/healthz": {"GET": self.healthz},
             "/readyz": {"GET": self.readyz},
+            "/": {"GET": self.page},
+            "/page/{file}": {"GET": self.page},
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,6 +230,13 @@ class Api:
     async def readyz(self, request: Request, told: _Told) -> Response:
         """Serve opens a replica's port only after its constructor, which loads and warms the model."""
         return JSONResponse({"status": "ready", "model": self._served.identity})
+
+    async def page(self, request: Request, told: _Told) -> Response:
+        """The page, or a file that it loads. They want no key: it is the page that asks people for theirs."""
+        file = self._page.get(request.scope["path"])
+        if file is None:
+            raise HTTPException(404, "the page has no such file: see /")
+        return file.respond(request.headers.get("if-none-match", ""))
 
     async def _respond(self, request: Request, told: _Told) -> Response:
         """An answer, whatever happens."""
@@ -375,18 +387,20 @@ def _told(request: Request) -> _Told:
     headers = request.headers
     return _Told(
         time.perf_counter(),
-        _MODEL.sub(_template, request.scope["path"]),
+        _VARIABLE.sub(_template, request.scope["path"]),
         request_id=headers.get("x-request-id", ""),
         secret=_secret(headers.get("authorization", "")),
         who=headers.get("x-user"),
     )
 
 
-_MODEL = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?")
+_VARIABLE = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?|^/page/[^/]+$")
 
 
 def _template(found: re.Match[str]) -> str:
-    """Paths of all models and versions are one in the metrics."""
+    """Paths of all models and versions, and those of the page's files, are one in the metrics."""
+    if found[0].startswith("/page/"):
+        return "/page/{file}"
     return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")
 
 

@@ -20,6 +20,7 @@ ROUTES = frozenset(
         "/healthz",
         "/metrics",
         "/openapi.json",
+        "/page/{file}",
         "/readyz",
         "/v1/feedback",
         "/v1/model",
