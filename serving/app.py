@@ -45,8 +45,8 @@ RETRY_AFTER_S = 1.0
 
 
 class Predictor(InferenceService):
-    """One replica: a bundle in memory, during a roll-out two. It takes requests only after every batch size that it uses
-    has run once.
+    """One replica: a bundle in memory, during a roll-out two. It takes requests only after every batch size has run
+    once.
 
     `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
     actor that all replicas share.

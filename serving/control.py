@@ -25,8 +25,8 @@ from serving.metrics.families import Snapshot
 from serving.metrics.merged import Merged
 from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
-from serving.rollout.director import Director, Told, View
-from serving.rollout.state import Version
+from serving.rollout.director import Director, Told
+from serving.rollout.state import Version, View
 
 GONE_AFTER_S = 10.0
 """A replica that has told nothing for so long is no more."""
@@ -44,9 +44,7 @@ logger = logging.getLogger(__name__)
 class Control:
     """A Ray actor; one for an endpoint, on the node whose disk holds its state."""
 
-    def __init__(
-        self, storage: str, model: str, started: str, serves: dict[str, str], rollout: dict[str, Any]
-    ) -> None:
+    def __init__(self, storage: str, model: str, started: str, serves: dict[str, str], rollout: dict[str, Any]) -> None:
         """`started` names this start of the endpoint, which begins with the version `serves`: counts of an earlier one
         are not gone on with. `rollout` is the recipe's section."""
         database = control_db(Path(storage), model)

@@ -97,9 +97,7 @@ def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion)
     }
     actor = ray.remote(Control).options(**options)
     serves = {"version": version.version, "digest": version.digest, "bundle": str(version.bundle)}
-    return actor.remote(
-        str(profile.storage_path), version.model, new_request_id(), serves, config.rollout.model_dump()
-    )
+    return actor.remote(str(profile.storage_path), version.model, new_request_id(), serves, config.rollout.model_dump())
 
 
 def preflight(recipe: "Recipe", profile: Profile) -> None:

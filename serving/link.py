@@ -57,10 +57,10 @@ class Link:
             # The request is answered all the same; its images stay counted.
             logging.getLogger("ray.serve").exception("images of %s were not given back", admission.key_id)
 
-    async def ask(self, method: str, *arguments: Any) -> Any:
+    async def ask(self, method: str, *arguments: Any, within_s: float = ANSWER_S) -> Any:
         """Call another method of the control actor. Raises Refusal where it does not answer."""
         try:
-            return await asyncio.wait_for(getattr(self._control, method).remote(*arguments), ANSWER_S)
+            return await asyncio.wait_for(getattr(self._control, method).remote(*arguments), within_s)
         except Exception:
             logging.getLogger("ray.serve").exception("the control actor does not answer")
             raise Refusal(

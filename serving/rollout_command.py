@@ -5,6 +5,7 @@ helio rollout status --endpoint https://gpu-box:8000 --key-file key.txt
 helio rollout abort --why "the labels were wrong"
 """
 
+import getpass
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
 import requests
 from rich import box
@@ -145,6 +147,8 @@ def _call(
     def signed(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if key:
             request.headers["Authorization"] = f"Bearer {key}"
+        else:
+            request.headers["X-User"] = quote(getpass.getuser())
         return request
 
     try:

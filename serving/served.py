@@ -87,6 +87,10 @@ class Served:
         """Raises what the model raises, where it no longer answers."""
         await self._batcher.ask(np.zeros((self.size, self.size, 3), np.uint8))
 
+    def label(self, answer: Answer) -> str:
+        """The most probable one."""
+        return str(self.classes[top(answer.probabilities, 1)[0]])
+
     def describe(self, answer: Answer, options: Options) -> dict[str, Any]:
         """An answer as JSON."""
         scores = answer.probabilities

@@ -7,11 +7,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.batching import Answer
 from serving.metrics.replica import Metrics
-from serving.rollout.director import Told, View
+from serving.rollout.director import Told
 from serving.rollout.split import takes_candidate
-from serving.rollout.state import CALIBRATION, Version
+from serving.rollout.state import CALIBRATION, Version, View
 from serving.served import Role, Served
 
 COPIES = 64

@@ -1,5 +1,6 @@
 """The roll-outs of one endpoint: what its control actor knows of them, and what replicas and people tell it."""
 
+import json
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
@@ -9,23 +10,29 @@ from cluster.errors import HelioError
 from serving.records.identity import new_request_id
 from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
-from serving.rollout.state import HELIO, Change, Outcomes, Rollout, Version
+from serving.rollout.state import HELIO, Change, Outcomes, Rollout, Version, View
 from serving.rollout.status import status_of
 
 ACTIONS = ("start", "pause", "resume", "promote", "abort")
+LONGEST = 1000
+"""Characters of a reason."""
 
 
-class View(TypedDict):
-    """What replicas need to know, see `Rollout.view`."""
-
-    salt: str
-    stage: str
-    mode: str
-    share: float
-    slow_s: float | None
-    started: float
-    champion: dict[str, str]
-    candidate: dict[str, str] | None
+def read_order(body: bytes) -> tuple[str, str, str]:
+    """Action, version (to start with) and reason of an order in JSON. Raises HelioError for what is none."""
+    try:
+        order = json.loads(body)
+    except (ValueError, RecursionError):
+        raise HelioError('the body is not JSON: send {"action", "why"}') from None
+    if not isinstance(order, dict) or not {"action", "why"} <= order.keys() <= {"action", "why", "version"}:
+        raise HelioError("the JSON must have action and why, and to start may have version")
+    if not all(isinstance(value, str) and value.strip() and len(value) <= LONGEST for value in order.values()):
+        raise HelioError(f"action, version and why must be text of 1 to {LONGEST} characters")
+    if order["action"] not in ACTIONS:
+        raise HelioError(f"action must be one of {', '.join(ACTIONS)}")
+    if order["action"] != "start" and "version" in order:
+        raise HelioError("version is of the action start: the others are of the roll-out under way")
+    return order["action"], order.get("version", "candidate"), order["why"]
 
 
 class Told(TypedDict):
@@ -72,7 +79,7 @@ class Director:
         """What replicas are to do."""
         rollout = self._here
         if rollout is not None:
-            return View(**rollout.view())
+            return rollout.view()
         return View(
             salt="",
             stage="",

@@ -7,7 +7,7 @@ can be durable before the transition takes effect (`serving.rollout.audit`).
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from cluster.errors import HelioError
 from serving.rollout.config import FAULTS, RolloutConfig
@@ -32,6 +32,19 @@ class Version:
     digest: str
     bundle: str
     """Its directory; it is no one's business outside."""
+
+
+class View(TypedDict):
+    """What replicas need to know of a roll-out, see `Rollout.view`."""
+
+    salt: str
+    stage: str
+    mode: str
+    share: float
+    slow_s: float | None
+    started: float
+    champion: dict[str, str]
+    candidate: dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,7 @@ class Rollout:
         """The faults whose absence must be shown for a step. Labels may never come: they can only roll back."""
         return ("error", "slow", "disagreement") if self._mode in ("shadow", "mirror") else ("error", "slow")
 
-    def view(self) -> dict[str, Any]:
+    def view(self) -> View:
         """What replicas need to know. `mode` says what they do:
 
         - load: hold the candidate beside the champion, and tell when it is warm or why it cannot be;
@@ -135,16 +148,16 @@ class Rollout:
         While `slow_s` is None, replicas send the champion's latencies; then they count what is slow.
         """
         answers = self.candidate if self.ended == "promoted" else self.champion
-        return {
-            "salt": self.id,
-            "stage": self.stage,
-            "mode": self._mode,
-            "share": self.share,
-            "slow_s": self.slow_s,
-            "started": self.started,
-            "champion": asdict(answers),
-            "candidate": None if self.ended else asdict(self.candidate),
-        }
+        return View(
+            salt=self.id,
+            stage=self.stage,
+            mode=self._mode,
+            share=self.share,
+            slow_s=self.slow_s,
+            started=self.started,
+            champion=asdict(answers),
+            candidate=None if self.ended else asdict(self.candidate),
+        )
 
     def loaded(self, now: float) -> Change:
         """Every replica holds the candidate; more than once does no harm."""
