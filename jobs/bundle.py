@@ -1,11 +1,17 @@
 """A bundle: a TensorFlow SavedModel with its preprocessing inside, and a manifest that says where it came from.
 
     <bundle>/
-        manifest.json   classes, image size, metrics, lineage, evaluation (is pre-training worth it?)
-        model/          SavedModel with two signatures:
+        manifest.json   classes, image size, heat_map (has it that signature?), metrics, lineage, evaluation (is
+                        pre-training worth it?)
+        model/          SavedModel with three signatures:
                           serving_default  images: encoded bytes [n]             (JPEG, PNG, BMP, GIF, WebP)
                           pixels           images: uint8 [n, size, size, 3] RGB  (from jobs.data.decode)
                         both give probabilities: float32 [n, classes], embedding: float32 [n, dimension]
+                          heat_map         images: as for pixels; labels: int32 [n], class indices or -1 for the most
+                                           probable one
+                        gives heat_map: float32 [n, row, column] in 0..1, what the model looked at (jobs.model.heat_map)
+                        at the resolution of its last spatial features, of a ViT's patches; whoever shows it scales it.
+                        Bundles of before have no heat_map, nor have backbones that jobs.model did not build.
 
 The digest covers every file, so that an answer can name exactly what gave it.
 """
@@ -24,6 +30,7 @@ from numpy.typing import NDArray
 from cluster.errors import CheckpointError
 from cluster.run import write_json
 from jobs.data.decode import ROUNDING_BIAS, Pixels, decode_to_size
+from jobs.model.heat_map import heat_map, places_of
 
 if TYPE_CHECKING:
     import keras
@@ -92,6 +99,27 @@ class LoadedBundle:
 
         return self._answer(self._signatures["pixels"](images=tf.constant(images)))
 
+    @property
+    def explains(self) -> bool:
+        """Whether it has heat maps."""
+        return "heat_map" in self._signatures
+
+    def heat_map(self, images: Pixels, labels: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """Where the model looked, [n, row, column] in 0..1, top first: for a class index an image (-1: the most probable
+        one), or for the most probable classes.
+
+        The map is as coarse as the features that it tells of (4 × 4 for the quickstart's 32 pixels); it is 1 at each
+        image's strongest place and all 0 where nothing speaks for the class. Raises CheckpointError unless it
+        `explains`.
+        """
+        import tensorflow as tf
+
+        if not self.explains:
+            raise CheckpointError("this bundle has no heat map: export it again")
+        asked = [-1] * len(images) if labels is None else labels
+        outputs = self._signatures["heat_map"](images=tf.constant(images), labels=tf.constant(asked, tf.int32))
+        return outputs["heat_map"].numpy()
+
     def predict(self, images: Sequence[bytes]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The same of encoded images, decoded by helio. Raises DecodeError."""
         size = self.bundle.image_size
@@ -117,27 +145,46 @@ def write_bundle(
     """
     import tensorflow as tf
 
-    def answer(pixels: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        embedding = tf.cast(backbone(pixels, training=False), tf.float32)
-        probabilities = tf.nn.softmax(tf.cast(head(embedding, training=False), tf.float32))
-        return {"probabilities": probabilities, "embedding": embedding}
+    places = places_of(backbone)
+    spec = tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")
+
+    # Each part is a function of its own, which the signatures share: it is traced, written and loaded once.
+    @tf.function(input_signature=[spec])
+    def features(images: "tf.Tensor") -> "tf.Tensor":
+        return places.front(images, training=False) if places else backbone(images, training=False)
+
+    def embed(found: "tf.Tensor") -> "tf.Tensor":
+        return tf.cast(places.rest(found, training=False) if places else found, tf.float32)
+
+    def logits(embedding: "tf.Tensor") -> "tf.Tensor":
+        return tf.cast(head(embedding, training=False), tf.float32)
+
+    @tf.function(input_signature=[spec])
+    def pixels(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
+        embedding = embed(features(images))
+        return {"probabilities": tf.nn.softmax(logits(embedding)), "embedding": embedding}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="images")])
     def encoded(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        spec = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
-        return answer(tf.map_fn(lambda data: _decode_in_graph(data, image_size), images, fn_output_signature=spec))
+        one = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
+        return pixels(tf.map_fn(lambda data: _decode_in_graph(data, image_size), images, fn_output_signature=one))
 
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")])
-    def pixels(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        return answer(images)
+    signatures = {"serving_default": encoded, "pixels": pixels}
+    if places:
+
+        @tf.function(input_signature=[spec, tf.TensorSpec([None], tf.int32, name="labels")])
+        def explained(images: "tf.Tensor", labels: "tf.Tensor") -> "dict[str, tf.Tensor]":
+            return {"heat_map": heat_map(places.evidence, lambda x: logits(embed(x)), features(images), labels)}
+
+        signatures["heat_map"] = explained
 
     module = tf.Module()
-    module.backbone, module.head = backbone, head
+    # The variables and not the models, which would have Keras write another forward pass and each layer's own record.
+    module.held = [variable.value for variable in [*backbone.variables, *head.variables]]
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    signatures = {"serving_default": encoded, "pixels": pixels}
     tf.saved_model.save(module, str(temporary / "model"), signatures=signatures)
-    write_json(temporary / "manifest.json", {"format": FORMAT, "image_size": image_size, **manifest})
+    write_json(temporary / "manifest.json", {"format": FORMAT, "image_size": image_size, "heat_map": places is not None, **manifest})
     temporary.rename(directory)
     return Bundle.open(directory)
 

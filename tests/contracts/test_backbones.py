@@ -40,11 +40,10 @@ def _behaviour(name: str, directory: str) -> dict[str, Any]:
     for unfrozen in (0, 1, -1):
         freeze(backbone, unfrozen)
         trained.append(len(backbone.trainable_variables))
-    if name == "vit_tiny":
-        # It has layers of our own, and places that depend on the image's size; an export takes its time.
-        head = keras.Sequential([keras.Input((answers[0].shape[-1],)), keras.layers.Dense(2)])
-        bundle = write_bundle(Path(directory) / name, backbone, head, SIZE, {"classes": ["a", "b"]})
-        found["difference"] = float(np.abs(bundle.load().predict_pixels(images)[1] - answers[0]).max())
+    head = keras.Sequential([keras.Input((answers[0].shape[-1],)), keras.layers.Dense(2)])
+    loaded = write_bundle(Path(directory) / name, backbone, head, SIZE, {"classes": ["a", "b"]}).load()
+    found["difference"] = float(np.abs(loaded.predict_pixels(images)[1] - answers[0]).max())
+    found["maps"] = [loaded.heat_map(images, [label] * len(images)) for label in range(2)]
     return {**found, "trained": trained}
 
 
@@ -71,4 +70,9 @@ class TestBackboneContract:
         assert behaviour["stages"] >= 2
 
     def test_a_bundle_answers_as_it_does(self, behaviour: dict[str, Any]) -> None:
-        assert behaviour.get("difference", 0.0) < 1e-5
+        assert behaviour["difference"] < 1e-5
+
+    def test_a_bundle_shows_what_it_looked_at(self, behaviour: dict[str, Any]) -> None:
+        for maps in behaviour["maps"]:
+            assert maps.shape[0] == 2 and maps.shape[1] == maps.shape[2] > 0
+            assert maps.min() >= 0 and maps.max() == 1
