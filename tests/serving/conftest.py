@@ -18,6 +18,7 @@ from cluster.recipe import load_recipe
 from cluster.run import Run, create_run, write_json
 from cluster.session import free_ports
 from jobs.bundle import Bundle
+from jobs.data.decode import decode_to_size
 from jobs.registry import ModelVersion
 from serving.config import ServeConfig
 from tests.conftest import carry_out
@@ -64,7 +65,7 @@ def write_tiny_bundle(directory: Path) -> str:
             keras.layers.Input(size),
             keras.layers.Rescaling(1 / 127.5, -1),
             keras.layers.Conv2D(8, 3, strides=2, activation="relu"),
-            keras.layers.Flatten(),
+            keras.layers.Flatten(name="pool"),
             keras.layers.Dense(16),
         ]
     )
@@ -84,6 +85,9 @@ class Direct:
 
     def predict(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict(images)[0]
+
+    def heat_map(self, image: bytes, label: int) -> NDArray[np.float32]:
+        return self._loaded.heat_map(decode_to_size(image, IMAGE_SIZE)[np.newaxis], [label])[0]
 
     def predict_encoded(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict_encoded(images)[0]
