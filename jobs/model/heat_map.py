@@ -1,4 +1,4 @@
-"""What a classifier looked at, from the gradient of a class's logit with respect to the last features that lie at a place.
+"""What a classifier looked at: the gradient of a class's logit, by the last features that lie at a place, says it.
 
 A convolutional backbone has them at its end, and Grad-CAM (Selvaraju et al., ICCV 2017, equations 1 and 2) tells what
 speaks for the class; where a linear head follows the mean over places this is CAM (Zhou et al., CVPR 2016), but for a
