@@ -12,6 +12,8 @@ import pytest
 import ray
 from numpy.typing import NDArray
 
+from cluster.errors import CheckpointError
+from jobs.bundle import Bundle
 from jobs.data.decode import Pixels
 
 SIZE, PATCH = 32, 6
@@ -144,3 +146,31 @@ def test_heat_maps_need_nothing_but_the_bundle(explained: Explained, tmp_path: P
     arguments = [str(tmp_path / name) for name in ("model", "images.npy", "labels.npy", "maps.npy")]
     subprocess.run([sys.executable, "-I", "-c", ALONE, *arguments], cwd=tmp_path, check=True, capture_output=True)
     np.testing.assert_allclose(np.load(tmp_path / "maps.npy"), explained.maps[:4], atol=1e-5)
+
+
+def _of_an_older_helio(old: Path, new: Path) -> tuple[bool, float, str]:
+    """Whether it has heat maps, how far its answers are from those of `new`, and what it says to who wants one."""
+    loaded, other = Bundle.open(old).load(), Bundle.open(new).load()
+    images = blobs(4, 2)[0]
+    difference = float(np.abs(loaded.predict_pixels(images)[0] - other.predict_pixels(images)[0]).max())
+    with pytest.raises(CheckpointError) as caught:
+        loaded.heat_map(images, [0] * 4)
+    return loaded.has_heat_map, difference, str(caught.value)
+
+
+def _without_heat_maps(directory: Path, old: Path) -> None:
+    """Write a bundle as helio did before it had heat maps."""
+    import tensorflow as tf
+
+    model = tf.saved_model.load(str(directory / "model"))
+    kept = {name: model.signatures[name] for name in ("serving_default", "pixels")}
+    tf.saved_model.save(model, str(old / "model"), signatures=kept)
+    shutil.copy(directory / "manifest.json", old)
+
+
+def test_a_bundle_of_an_older_helio_answers_and_says_what_to_do(explained: Explained, tmp_path: Path) -> None:
+    task = ray.remote(num_cpus=1)
+    ray.get(task(_without_heat_maps).remote(explained.directory, tmp_path / "old"))
+    has, difference, said = ray.get(task(_of_an_older_helio).remote(tmp_path / "old", explained.directory))
+    assert not has and difference < 1e-6
+    assert said.endswith("export it again")

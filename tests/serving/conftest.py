@@ -59,16 +59,11 @@ def write_tiny_bundle(directory: Path) -> str:
     from jobs.bundle import write_bundle
 
     keras.utils.set_random_seed(1)
-    size = (IMAGE_SIZE, IMAGE_SIZE, 3)
-    backbone = keras.Sequential(
-        [
-            keras.layers.Input(size),
-            keras.layers.Rescaling(1 / 127.5, -1),
-            keras.layers.Conv2D(8, 3, strides=2, activation="relu"),
-            keras.layers.Flatten(name="pool"),
-            keras.layers.Dense(16),
-        ]
-    )
+    image = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(image)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu")(x)
+    x = keras.layers.Flatten(name="pool")(x)
+    backbone = keras.Model(image, keras.layers.Dense(16)(x))
     head = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(len(CLASSES))])
     return write_bundle(directory, backbone, head, IMAGE_SIZE, {"name": "tiny", "classes": CLASSES}).digest
 
