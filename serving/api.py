@@ -3,7 +3,7 @@
     POST /v1/predict   one image: the multipart field `file`, the bytes as the body, or JSON {"image": base64}; several:
                        repeated fields, or JSON {"images": [base64, ...]}, answered together or, with
                        `Accept: application/x-ndjson`, a line each as soon as it is ready
-                       ?top_k=5&probabilities=true&embedding=true
+                       ?top_k=5&probabilities=true&embedding=true&heat_map=true
     POST /v1/feedback  {"request_id", "label", "image": 0, "comment"}: stored before it is answered
     GET  /v1/model     what answers: name, version, digest, classes, image size
     GET  /v1/status    the model, its replicas and what they have answered
@@ -50,7 +50,7 @@ from serving.served import Options, Served, top
 from serving.upload import Refusal, error_document, is_raw, read_images
 
 LINES = "application/x-ndjson"
-FLAGS = ("probabilities", "embedding")
+FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/metrics": "status"}
 """What a key must be good for; everything else wants `predict`."""
@@ -254,8 +254,7 @@ class Api:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     return await handler(request, told)
             except TimeoutError:
-                limit = f"{self._config.request_timeout_s:g} s"
-                raise Refusal(504, "too_slow", f"there was no answer within {limit}: try again later") from None
+                raise self._too_slow() from None
         except Refusal as error:
             refusal = error
         except HTTPException as error:
@@ -285,9 +284,9 @@ class Api:
         told.admission, told.images = found, images
 
     async def _answer(self, image: bytes, place: int, options: Options, told: _Told) -> dict[str, Any]:
-        return self._served.describe(await self.ask(image, place, told), options)
+        return self._served.describe(await self.ask(image, place, told, options.heat_map), options)
 
-    async def ask(self, image: bytes | Pixels, place: int, told: _Told) -> Answer:
+    async def ask(self, image: bytes | Pixels, place: int, told: _Told, heat_map: bool = False) -> Answer:
         """What the model says of one image of a request, encoded or as it sees it; it is recorded. Raises Refusal."""
         began = time.perf_counter()
         if isinstance(image, bytes):
@@ -296,7 +295,7 @@ class Api:
         else:
             (height, width), pixels = image.shape[:2], image
         decode_s = time.perf_counter() - began
-        answer = await self._served.ask(pixels)
+        answer = await self._served.ask(pixels, heat_map)
         told.slower(decode_s, answer.wait_s, answer.model_s)
         best = top(answer.probabilities, self._usual.top_k)
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
@@ -328,8 +327,16 @@ class Api:
     async def _lines(
         self, images: list[bytes], options: Options, about: Mapping[str, Any], told: _Told
     ) -> AsyncIterator[str]:
+        left = self._config.request_timeout_s - (time.perf_counter() - told.began)
+
         async def one(place: int) -> str:
-            found = await self._answer_or_error(images[place], place, options, told)
+            try:
+                async with asyncio.timeout(left):
+                    found = await self._answer_or_error(images[place], place, options, told)
+            except TimeoutError:
+                late = self._too_slow()
+                self.champion.error(late.code)
+                found = error_document(late.code, late.message)
             return json.dumps({"image": place, **about, **found}) + "\n"
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(images))]
@@ -339,6 +346,10 @@ class Api:
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _too_slow(self) -> Refusal:
+        limit = f"{self._config.request_timeout_s:g} s"
+        return Refusal(504, "too_slow", f"there was no answer within {limit}: try again later")
 
     def _check_size(self, image: bytes) -> tuple[int, int]:
         """(height, width). Raises Refusal."""
@@ -362,7 +373,9 @@ class Api:
         asked = query.get("top_k", str(self._usual.top_k))
         if not asked.isdecimal() or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
-        return Options(top_k=int(asked), **flags)
+        options = Options(top_k=int(asked), **flags)
+        self._served.check_options(options)
+        return options
 
 
 class V2Model:
