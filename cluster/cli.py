@@ -88,6 +88,9 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="*", metavar="FILE")
     command.add_argument("--recipe", help="recipe whose serve section names the endpoint, or whose champion labels")
     command.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
+    command.add_argument("--key-file", metavar="FILE", help="file with the API key (default: $HELIO_API_KEY)")
+    command.add_argument("--top-k", type=int, metavar="N", help="print the N most probable classes (default: 1)")
+    command.add_argument("--heat-map", metavar="DIR", help="draw there what the model looked at, a PNG a FILE")
     command.add_argument("--data", metavar="SOURCE", help="an image source, or the directory of an ingested data set")
     command.add_argument("--output", metavar="URI", help="directory of the results; what is there is not done again")
     command.add_argument("--bundle", metavar="DIR", help="label with this bundle instead of the registry's champion")
@@ -222,7 +225,14 @@ def _predict(arguments: argparse.Namespace, output: "Output") -> int:
         raise HelioError("helio predict needs at least one image file, or --data SOURCE --output URI")
     recipe = load_recipe(arguments.recipe or "quickstart", overrides) if arguments.recipe or overrides else None
     code: int = catalog.load("serving.client:predict_command")(
-        files, recipe, arguments.endpoint, arguments.json, output
+        files,
+        recipe,
+        arguments.endpoint,
+        arguments.json,
+        output,
+        arguments.top_k,
+        arguments.heat_map,
+        arguments.key_file,
     )
     return code
 
@@ -235,8 +245,10 @@ def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
     files = [word for word in arguments.files if not re.match(r"[\w.]+=", word)]
     if files:
         raise HelioError(f"helio predict takes image files or --data SOURCE, not both: got {files[0]} too")
-    if arguments.endpoint is not None:
-        raise HelioError("--endpoint is of helio predict FILE: --data is labelled without an endpoint")
+    for name in ("endpoint", "key_file", "top_k", "heat_map"):
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise HelioError(f"--{option} is of helio predict FILE: --data is labelled without an endpoint")
     if arguments.output is None:
         raise HelioError("helio predict --data needs --output URI: the directory that the results are written to")
     if (arguments.recipe is None) == (arguments.bundle is None):

@@ -2,10 +2,13 @@
 
     <bundle>/
         manifest.json   classes, image size, metrics, lineage, evaluation (is pre-training worth it?)
-        model/          SavedModel with two signatures:
+        model/          SavedModel with three signatures:
                           serving_default  images: encoded bytes [n]             (JPEG, PNG, BMP, GIF, WebP)
                           pixels           images: uint8 [n, size, size, 3] RGB  (from jobs.data.decode)
                         both give probabilities: float32 [n, classes], embedding: float32 [n, dimension]
+                          heat_map         images: as for pixels; labels: int32 [n], the class to explain
+                        gives heat_map: float32 [n, row, column] in 0..1, see jobs.model.heat_map; bundles of older
+                        helios do not have it
 
 The digest covers every file, so that an answer can name exactly what gave it.
 """
@@ -24,6 +27,7 @@ from numpy.typing import NDArray
 from cluster.errors import CheckpointError
 from cluster.run import write_json
 from jobs.data.decode import ROUNDING_BIAS, Pixels, decode_to_size
+from jobs.model.heat_map import heat_map, places_of
 
 if TYPE_CHECKING:
     import keras
@@ -92,6 +96,25 @@ class LoadedBundle:
 
         return self._answer(self._signatures["pixels"](images=tf.constant(images)))
 
+    @property
+    def has_heat_map(self) -> bool:
+        """Whether it was written by a helio that gives bundles heat maps."""
+        return "heat_map" in self._signatures
+
+    def heat_map(self, images: Pixels, labels: Sequence[int]) -> NDArray[np.float32]:
+        """What the model looked at, [n, row, column], top first: for each image the evidence for a class index.
+
+        A map is as coarse as the features that it tells of (4 × 4 for the quickstart's 32 pixels); it is 1 at its
+        strongest place, and all 0 where nothing speaks for the class. Raises CheckpointError unless `has_heat_map`.
+        """
+        import tensorflow as tf
+
+        if not self.has_heat_map:
+            raise CheckpointError("the bundle has no heat map, it was written by an older helio: export it again")
+        outputs = self._signatures["heat_map"](images=tf.constant(images), labels=tf.constant(labels, tf.int32))
+        found: NDArray[np.float32] = outputs["heat_map"].numpy()
+        return found
+
     def predict(self, images: Sequence[bytes]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The same of encoded images, decoded by helio. Raises DecodeError."""
         size = self.bundle.image_size
@@ -117,25 +140,38 @@ def write_bundle(
     """
     import tensorflow as tf
 
-    def answer(pixels: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        embedding = tf.cast(backbone(pixels, training=False), tf.float32)
-        probabilities = tf.nn.softmax(tf.cast(head(embedding, training=False), tf.float32))
-        return {"probabilities": probabilities, "embedding": embedding}
+    places = places_of(backbone)
+    spec = tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")
+
+    # A function of its own, which the signatures share: it is traced, written and loaded once.
+    @tf.function(input_signature=[spec])
+    def features(images: "tf.Tensor") -> "tf.Tensor":
+        return places.front(images, training=False)
+
+    def answer(found: "tf.Tensor") -> "tuple[tf.Tensor, tf.Tensor]":
+        embedding = tf.cast(places.rest(found, training=False), tf.float32)
+        return tf.cast(head(embedding, training=False), tf.float32), embedding
+
+    @tf.function(input_signature=[spec])
+    def pixels(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
+        logits, embedding = answer(features(images))
+        return {"probabilities": tf.nn.softmax(logits), "embedding": embedding}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="images")])
     def encoded(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        spec = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
-        return answer(tf.map_fn(lambda data: _decode_in_graph(data, image_size), images, fn_output_signature=spec))
+        one = tf.TensorSpec([image_size, image_size, 3], tf.uint8)
+        return pixels(tf.map_fn(lambda data: _decode_in_graph(data, image_size), images, fn_output_signature=one))
 
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8, name="images")])
-    def pixels(images: "tf.Tensor") -> "dict[str, tf.Tensor]":
-        return answer(images)
+    @tf.function(input_signature=[spec, tf.TensorSpec([None], tf.int32, name="labels")])
+    def explained(images: "tf.Tensor", labels: "tf.Tensor") -> "dict[str, tf.Tensor]":
+        return {"heat_map": heat_map(places.evidence, lambda found: answer(found)[0], features(images), labels)}
 
     module = tf.Module()
-    module.backbone, module.head = backbone, head
+    # The variables and not the models, which would have Keras write another forward pass and each layer's own record.
+    module.held = [variable.value for variable in [*backbone.variables, *head.variables]]
     temporary = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    signatures = {"serving_default": encoded, "pixels": pixels}
+    signatures = {"serving_default": encoded, "pixels": pixels, "heat_map": explained}
     tf.saved_model.save(module, str(temporary / "model"), signatures=signatures)
     write_json(temporary / "manifest.json", {"format": FORMAT, "image_size": image_size, **manifest})
     temporary.rename(directory)

@@ -122,12 +122,14 @@ class Answering:
         self.begin(inquiry, self.arms.champion)
         return await work(self.arms.champion)
 
-    async def ask(self, image: bytes | Pixels, place: int, inquiry: Inquiry, served: Served) -> Answer:
+    async def ask(
+        self, image: bytes | Pixels, place: int, inquiry: Inquiry, served: Served, heat_map: bool = False
+    ) -> Answer:
         """What a version says of one image of a request, encoded or as it sees it; it is recorded. Raises Refusal."""
         role, stage, began = inquiry.role, inquiry.stage, time.perf_counter()
         pixels, size = await self._decoded(image, served)
         decode_s = time.perf_counter() - began
-        answer = await served.ask(pixels)
+        answer = await served.ask(pixels, heat_map)
         inquiry.slower(decode_s, answer.wait_s, answer.model_s)
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
         stages["total"] = time.perf_counter() - inquiry.began

@@ -3,7 +3,7 @@
     POST /v1/predict   one image: the multipart field `file`, the bytes as the body, or JSON {"image": base64}; several:
                        repeated fields, or JSON {"images": [base64, ...]}, answered together or, with
                        `Accept: application/x-ndjson`, a line each as soon as it is ready
-                       ?top_k=5&probabilities=true&embedding=true
+                       ?top_k=5&probabilities=true&embedding=true&heat_map=true
     POST /v1/feedback  {"request_id", "label", "image": 0, "comment"}: stored before it is answered
     GET  /v1/model     what answers: name, version, digest, classes, image size
     GET  /v1/status    the model, its replicas and what they have answered
@@ -55,7 +55,7 @@ from serving.served import Options, Served
 from serving.upload import Refusal, error_document, is_raw, read_images
 
 LINES = "application/x-ndjson"
-FLAGS = ("probabilities", "embedding")
+FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/v1/rollout": "status", "/metrics": "status"}
 """What a key must be good for; everything else wants `predict`."""
@@ -130,8 +130,7 @@ class Api:
         if told.admission is None:
             await self.admit(told, len(upload.images))
         told.images = len(upload.images)
-        classes = self.answering.choose(told).classes
-        options = self._options(request.query_params, len(classes))
+        options = self._options(request.query_params, self.answering.choose(told))
         if upload.many and LINES in request.headers.get("accept", ""):
             return StreamingResponse(self._lines(upload.images, options, told), media_type=LINES)
 
@@ -262,8 +261,7 @@ class Api:
                 async with asyncio.timeout(self._config.request_timeout_s):
                     return await handler(request, told)
             except TimeoutError:
-                limit = f"{self._config.request_timeout_s:g} s"
-                raise Refusal(504, "too_slow", f"there was no answer within {limit}: try again later") from None
+                raise self._too_slow() from None
         except Refusal as error:
             refusal = error
         except HTTPException as error:
@@ -299,7 +297,7 @@ class Api:
     async def _answer(
         self, image: bytes, place: int, options: Options, told: Inquiry, served: Served
     ) -> dict[str, Any]:
-        return served.describe(await self.answering.ask(image, place, told, served), options)
+        return served.describe(await self.answering.ask(image, place, told, served, options.heat_map), options)
 
     async def _answer_or_error(
         self, image: bytes, place: int, options: Options, told: Inquiry, served: Served
@@ -312,10 +310,18 @@ class Api:
             return error_document(error.code, error.message)
 
     async def _lines(self, images: list[bytes], options: Options, told: Inquiry) -> AsyncIterator[str]:
+        left = self._config.request_timeout_s - (time.perf_counter() - told.began)
+
         async def one(place: int) -> str:
-            found = await self.answering.reliably(
-                told, lambda served: self._answer_or_error(images[place], place, options, told, served)
-            )
+            try:
+                async with asyncio.timeout(left):
+                    found = await self.answering.reliably(
+                        told, lambda served: self._answer_or_error(images[place], place, options, told, served)
+                    )
+            except TimeoutError:
+                late = self._too_slow()
+                told.code = late.code
+                found = error_document(late.code, late.message)
             return json.dumps({"image": place, **_about(told), **found}) + "\n"
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(images))]
@@ -326,13 +332,20 @@ class Api:
             for task in tasks:
                 task.cancel()
 
-    def _options(self, query: Mapping[str, str], most: int) -> Options:
-        """Raises Refusal for what no request may ask; `most` labels is all that there are."""
+    def _too_slow(self) -> Refusal:
+        limit = f"{self._config.request_timeout_s:g} s"
+        return Refusal(504, "too_slow", f"there was no answer within {limit}: try again later")
+
+    def _options(self, query: Mapping[str, str], served: Served) -> Options:
+        """Raises Refusal for what no request may ask of this version."""
+        most = len(served.classes)
         flags = {name: _switch(name, query[name]) for name in FLAGS if name in query}
         asked = query.get("top_k", str(self.answering.labels))
         if not asked.isdecimal() or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
-        return Options(top_k=int(asked), **flags)
+        options = Options(top_k=int(asked), **flags)
+        served.check_options(options)
+        return options
 
 
 class V2Model:

@@ -36,6 +36,8 @@ class Answer:
     """Of the whole batch."""
     batch: int
     """Images in it, without padding."""
+    heat_map: NDArray[np.float32] | None = None
+    """[row, column] of 0..1, where asked for."""
 
 
 @dataclass
@@ -116,7 +118,11 @@ class Batcher:
                 if not self._waiting:
                     return []
                 until = self._waiting[0].at + self._wait_s
-                while len(self._waiting) < self._largest and (left := until - time.perf_counter()) > 0:
+                while (
+                    not callable(self._waiting[0].work)
+                    and len(self._waiting) < self._largest
+                    and (left := until - time.perf_counter()) > 0
+                ):
                     self._changed.wait(left)
                 if items := self._first():
                     return items

@@ -90,10 +90,11 @@ def _guarded(method: Method) -> Method:
 class InferenceService:
     """Answers the protocol's calls.
 
-    `model_of(context, version)` gives the model that answers a call, which may be for a version or, where that is
-    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered without
-    it. `local_only` refuses callers on other machines: a replica of Serve listens for calls on every address, also
-    where the endpoint is at a loopback one. Serve finds a method by its name, and gives the context by its own.
+    `model_of(context, version, infers)` gives the model that answers a call, which may be for a version or, where that
+    is empty, for any, and may want more than metadata. It raises Refusal where none may. The server's metadata,
+    liveness and readiness are answered without it. `local_only` refuses callers on other machines: a replica of Serve
+    listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
+    name, and gives the context by its own.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ class Options:
     top_k: int
     probabilities: bool = False
     embedding: bool = False
+    heat_map: bool = False
 
 
 class Served:
@@ -57,6 +58,7 @@ class Served:
             wait_s,
             lambda size: self.arm.batch(size),
         )
+        self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
         self.users = 0
         """Requests that have chosen it and are not answered yet."""
@@ -79,9 +81,25 @@ class Served:
         except DecodeError as error:
             raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
 
-    async def ask(self, pixels: Pixels) -> Answer:
-        """What the model says of uint8 [size, size, 3]."""
-        return await self._batcher.ask(pixels)
+    def check_options(self, options: Options) -> None:
+        """Raises Refusal for what this version cannot answer."""
+        if options.heat_map and not self._loaded.has_heat_map:
+            raise Refusal(
+                422,
+                "no_heat_map",
+                "this version of the model was exported without heat maps: export it again, or leave heat_map out",
+            )
+
+    async def ask(self, pixels: Pixels, heat_map: bool = False) -> Answer:
+        """What the model says of uint8 [size, size, 3], and where asked for, what in it speaks for the best class."""
+        answer = await self._batcher.ask(pixels)
+        if heat_map:
+            best = top(answer.probabilities, 1)
+            # One waits for the model at a time, however many a request wants: batches of others come between.
+            async with self._one_heat_map:
+                found = await self._batcher.alone(lambda: self._loaded.heat_map(pixels[np.newaxis], best))
+            answer.heat_map = found[0]
+        return answer
 
     async def check(self) -> None:
         """Raises what the model raises, where it no longer answers."""
@@ -104,6 +122,8 @@ class Served:
             told["probabilities"] = dict(zip(self.classes, scores.tolist(), strict=True))
         if options.embedding:
             told["embedding"] = answer.embedding.tolist()
+        if answer.heat_map is not None:
+            told["heat_map"] = answer.heat_map.astype(float).round(3).tolist()
         return told
 
     def close(self) -> None:

@@ -12,6 +12,9 @@ from cluster.errors import EndpointError, HelioError
 IMAGE_STATUSES = (400, 413, 415, 422)
 """What a request for a prediction is answered with when the image is at fault."""
 
+REQUEST_CODES = ("bad_request", "no_heat_map")
+"""Codes of refusals that no other image would mend."""
+
 LINES = "application/x-ndjson"
 
 

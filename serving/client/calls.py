@@ -17,6 +17,7 @@ from cluster.errors import EndpointError
 from serving.client.answers import (
     IMAGE_STATUSES,
     LINES,
+    REQUEST_CODES,
     ImageError,
     Prediction,
     Reply,
@@ -138,7 +139,7 @@ class Batch:
     def take(self, reply: Reply) -> None:
         """Note the answer to the last request. Raises EndpointError where it is not about the images."""
         refusal = reply.refusal()
-        if reply.status in IMAGE_STATUSES and refusal is not None:
+        if reply.status in IMAGE_STATUSES and refusal is not None and refusal["code"] not in REQUEST_CODES:
             if len(self._asked) == 1:
                 self._found[self._asked[0]] = ImageError(refusal["message"], reply.status, refusal["code"])
             # Which image the endpoint means, or whether they are too much only together, is seen when each goes alone.

@@ -202,6 +202,18 @@ MISTAKES = {
     "no output": (["--data", "photos", "--bundle", "tiny"], "--data needs --output URI"),
     "no model": (["--data", "photos", "--output", "out"], "needs --recipe, whose champion labels"),
     "an endpoint": (["--data", "photos", "--output", "out", "--endpoint", "http://x"], "--data is labelled without"),
+    "heat maps of a source": (
+        ["--data", "photos", "--output", "out", "--heat-map", "maps"],
+        "--heat-map is of helio predict FILE: --data is labelled without an endpoint",
+    ),
+    "best classes of a source": (
+        ["--data", "photos", "--output", "out", "--top-k", "3"],
+        "--top-k is of helio predict FI",
+    ),
+    "a key for a source": (
+        ["--data", "photos", "--output", "out", "--key-file", "key"],
+        "--key-file is of helio predict",
+    ),
     "a bundle for files": (["one.png", "--bundle", "tiny"], "--bundle is of helio predict --data SOURCE"),
     "no champion": (["--data", "photos", "--output", "out", "--recipe", "photos"], "model photos has no champion in"),
     "a bundle that is none": (["--data", "photos", "--output", "out", "--bundle", "held"], "held is no bundle"),

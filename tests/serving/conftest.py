@@ -18,6 +18,7 @@ from cluster.recipe import load_recipe
 from cluster.run import Run, create_run, write_json
 from cluster.session import free_ports
 from jobs.bundle import Bundle
+from jobs.data.decode import decode_to_size
 from jobs.registry import ModelVersion
 from serving.config import ServeConfig
 from tests.conftest import carry_out
@@ -58,16 +59,11 @@ def write_tiny_bundle(directory: Path) -> str:
     from jobs.bundle import write_bundle
 
     keras.utils.set_random_seed(1)
-    size = (IMAGE_SIZE, IMAGE_SIZE, 3)
-    backbone = keras.Sequential(
-        [
-            keras.layers.Input(size),
-            keras.layers.Rescaling(1 / 127.5, -1),
-            keras.layers.Conv2D(8, 3, strides=2, activation="relu"),
-            keras.layers.Flatten(),
-            keras.layers.Dense(16),
-        ]
-    )
+    image = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(image)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu")(x)
+    x = keras.layers.Flatten(name="pool")(x)
+    backbone = keras.Model(image, keras.layers.Dense(16)(x))
     head = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(len(CLASSES))])
     return write_bundle(directory, backbone, head, IMAGE_SIZE, {"name": "tiny", "classes": CLASSES}).digest
 
@@ -84,6 +80,9 @@ class Direct:
 
     def predict(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict(images)[0]
+
+    def heat_map(self, image: bytes, label: int) -> NDArray[np.float32]:
+        return self._loaded.heat_map(decode_to_size(image, IMAGE_SIZE)[np.newaxis], [label])[0]
 
     def predict_encoded(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict_encoded(images)[0]
