@@ -46,8 +46,6 @@ def change_command(
     """`helio rollout start|pause|resume|promote|abort`: what the roll-out is after it."""
     if not (why or "").strip():
         raise HelioError(f'--why must say why, for the audit log, as in helio rollout {action} --why "new labels"')
-    if version is not None and action != "start":
-        raise HelioError(f"--version is of helio rollout start: {action} is of the roll-out under way")
     order = {"action": action, "why": why}
     if action == "start":
         order["version"] = version or "candidate"
