@@ -179,8 +179,9 @@ class Answering:
             self.arms.count(inquiry.stage, "candidate", None)
         elif inquiry.code in OWN_FAULTS:
             self.arms.count(inquiry.stage, inquiry.role, None)
-        elif inquiry.model_s is not None and inquiry.wait_s is not None:
-            self.arms.count(inquiry.stage, inquiry.role, inquiry.wait_s + inquiry.model_s)
+        elif inquiry.model_s is not None:
+            # The time in the queue is the load's, and that of both.
+            self.arms.count(inquiry.stage, inquiry.role, inquiry.model_s)
 
     async def _decoded(self, image: bytes | Pixels, served: Served) -> tuple[Pixels, tuple[int, int]]:
         """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
@@ -211,7 +212,7 @@ class Answering:
             other.users -= 1
         agrees = other.label(answer) == label
         other.shadow.compared(agrees)
-        self.arms.count(stage, role, answer.wait_s + answer.model_s)
+        self.arms.count(stage, role, answer.model_s)
         self.arms.agree(stage, agrees)
         stages = {"wait": answer.wait_s, "model": answer.model_s, "total": time.perf_counter() - began}
         self._record(inquiry, other, 0, "shadow", answer, stages, image, pixels.shape[:2])

@@ -4,6 +4,7 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 """
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -62,11 +63,11 @@ class Predictor(InferenceService):
         self._config = ServeConfig(**config)
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
-        decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
 
         def load(version: Version) -> Served:
             found = ModelVersion(model, version.version, Path(version.bundle), version.digest)
-            return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders)
+            return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
 
         # A replica that starts late may find another champion than the endpoint began with, and a candidate.
         self._arms = Arms(load, self._metrics, ray.get(control.follow.remote(None), timeout=CONTROL_S))

@@ -1,6 +1,7 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,8 +42,10 @@ class Served:
         max_batch_size: int,
         wait_s: float,
         decoders: ThreadPoolExecutor,
+        turn: threading.Lock,
     ) -> None:
-        """Raises CheckpointError when the bundle is not the registered one."""
+        """Versions that share `turn` run one at a time. Raises CheckpointError when the bundle is not the registered
+        one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
         self.version = version
@@ -57,6 +60,7 @@ class Served:
             max_batch_size,
             wait_s,
             lambda size: self.arm.batch(size),
+            turn,
         )
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
