@@ -479,9 +479,9 @@ def test_what_is_wrong_is_refused_with_what_to_do(servers: Servers, fault: str) 
 @pytest.mark.parametrize(
     ("body", "length", "message"),
     [
-        (b"{}", "3", "is 3, the body has 2 bytes"),
-        (b"{}", "two", "must be the number of bytes"),
-        (b"{}", "-1", "must be the number of bytes"),
+        (b"{}", "3", "how many of the 2 bytes are JSON"),
+        (b"{}", "two", "how many of the 2 bytes are JSON"),
+        (b"{}", "-1", "how many of the 2 bytes are JSON"),
         (b"{}", "0", "is not JSON"),
         (b"\x03\0\0\0cat!", None, "1 bytes belong to no tensor"),
         (b"\x09\0\0\0cat", None, "ends within an element"),
