@@ -14,7 +14,7 @@ Every error is `{"error": "..."}`.
 import base64
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,7 +37,7 @@ from serving.open_inference_tensors import (
     outputs_of,
     server_metadata,
 )
-from serving.upload import Refusal
+from serving.upload import is_text, require_plain
 
 JSON_LENGTH = "inference-header-content-length"
 PATH = re.compile(
@@ -62,7 +62,8 @@ class OpenInference:
     async def respond(self, request: Request) -> Response:
         """The answer to a request below /v2.
 
-        Raises Refusal and HTTPException for what is refused, which `error_response` turns into the protocol's form.
+        Raises Refusal and HTTPException for what is refused, which `serving.upload.error_form` gives the protocol's
+        form.
         """
         path = PATH.fullmatch(request.scope["path"])
         if path is None:
@@ -92,16 +93,9 @@ class OpenInference:
         return _response(about, outputs_of(wanted.outputs, model, answers), wanted.raw)
 
 
-def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in the protocol's form."""
-    return JSONResponse({"error": message}, status, headers)
-
-
 def _json_length(request: Request, size: int) -> int:
     """How much of a body of `size` bytes is JSON."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Refusal(415, "unsupported_content_encoding", f"content-encoding {encoding[:40]} is not read: send plain")
+    require_plain(request)
     text = request.headers.get(JSON_LENGTH, str(size))
     if not text.isdecimal() or len(text) > 18 or int(text) > size:
         raise malformed(f"Inference-Header-Content-Length must say how many of the {size} bytes are JSON")
@@ -192,7 +186,7 @@ def _field(document: Any, key: str, kind: type[T], where: str, default: Any = _R
     value = document.get(key, default)
     if value is _REQUIRED:
         raise malformed(f"{where} has no {key}")
-    if value is not default and type(value) is not kind:
+    if value is not default and (type(value) is not kind or (kind is str and not is_text(value))):
         raise malformed(f"{key} of {where} must be {_KINDS[kind]}")
     return value
 

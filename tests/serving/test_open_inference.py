@@ -27,7 +27,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -102,11 +102,11 @@ def application(protocol: open_inference.OpenInference) -> FastAPI:
         try:
             return await protocol.respond(request)
         except Refusal as error:
-            return open_inference.error_response(error.message, error.status)
+            return JSONResponse({"error": error.message}, error.status)
         except HTTPException as error:
-            return open_inference.error_response(error.detail, error.status_code, error.headers)
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         except RuntimeError:
-            return open_inference.error_response("its log has the details", 500)
+            return JSONResponse({"error": "its log has the details"}, 500)
 
     return app
 
