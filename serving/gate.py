@@ -55,8 +55,6 @@ class RequestGate:
         if scope["type"] != "http" or scope["path"] in SERVES_OWN_PATHS:
             await self._app(scope, receive, send)
             return
-        # `OPTIONS *` and CONNECT have none, of which Serve would make an error of its own.
-        scope["path"] = scope["path"] or "/"
         _set_own_headers(scope)
         body: list[bytes] = []
         try:
