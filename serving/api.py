@@ -8,6 +8,7 @@
     GET  /v1/model     what answers: name, version, digest, classes, image size
     GET  /v1/status    the model, its replicas and what they have answered
     GET  /metrics      Prometheus, all replicas together
+    GET  /openapi.json all of this for programs, see serving.openapi
     /v2/…              the Open Inference Protocol, see serving.open_inference
     GET  /healthz      the process is up
     GET  /readyz       the model is loaded and warm
@@ -42,6 +43,7 @@ from serving.metrics.replica import Arm, Metrics
 from serving.open_inference import OpenInference
 from serving.open_inference_grpc import Context
 from serving.open_inference_tensors import Answers
+from serving.openapi import Contract
 from serving.page import page_files
 from serving.records.feedback import Feedback
 from serving.records.identity import new_request_id
@@ -125,6 +127,7 @@ class Api:
             "/v1/model": {"GET": self.describe},
             "/v1/status": {"GET": self.status},
             "/metrics": {"GET": self.metrics},
+            "/openapi.json": {"GET": self.contract},
             "/healthz": {"GET": self.healthz},
             "/readyz": {"GET": self.readyz},
             "/": {"GET": self.page},
@@ -233,6 +236,21 @@ class Api:
         await self.admit(told, 0)
         body, content_type = await self._desk.link.ask("text", request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
+
+    async def contract(self, request: Request, told: _Told) -> Response:
+        """All of this as an OpenAPI document."""
+        await self.admit(told, 0)
+        served, config = self._served, self._config
+        contract = Contract(
+            served.version.model,
+            served.version.version,
+            served.classes,
+            served.size,
+            self._usual.top_k,
+            config.max_images,
+            self._desk.keys,
+        )
+        return JSONResponse(contract.document())
 
     async def healthz(self, request: Request, told: _Told) -> Response:
         """The process answers."""
