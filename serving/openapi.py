@@ -188,7 +188,8 @@ class Contract:
             "components": {
                 "schemas": schemas(self.classes, self.image_size, self.max_images),
                 "headers": {
-                    name: {"description": text, "schema": schema} for name, (text, schema) in RESPONSE_HEADERS.items()
+                    name: {"description": text, "schema": schema, "required": name == "x-request-id"}
+                    for name, (text, schema) in RESPONSE_HEADERS.items()
                 },
                 **({"securitySchemes": {"bearer": BEARER}} if self.keys else {}),
             },
@@ -241,7 +242,7 @@ class Contract:
         switch = {"type": "boolean", "default": False}
         count = {"type": "integer", "minimum": 1, "maximum": len(self.classes), "default": self.top_k}
         known: dict[str, tuple[str, str, Json, Any]] = {
-            "name": ("path", "The model", {"type": "string"}, self.model),
+            "name": ("path", "The model", {"type": "string", "enum": [self.model]}, self.model),
             "version": ("path", "Its version", {"type": "string"}, self.version),
             "top_k": ("query", "Labels in an answer, the most probable first", count, self.top_k),
             "probabilities": ("query", "Also the probabilities of all classes", switch, True),
