@@ -154,7 +154,7 @@ def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
             found.append(Tensor(name, datatype, shape, rest[:size]))
             rest = rest[size:]
         else:
-            raise malformed(f"binary_data_size does not fit the {len(rest)} bytes that are left behind the JSON")
+            raise malformed(f"binary_data_size must be at most the {len(rest)} bytes that are left behind the JSON")
     if rest:
         raise malformed(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
     return found

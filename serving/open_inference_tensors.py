@@ -160,14 +160,16 @@ def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[byt
     if tensor.name not in datatypes:
         raise malformed(f"there is no input {_shown(tensor.name)}: send either image or pixels")
     if tensor.datatype != datatypes[tensor.name]:
-        raise malformed(f"input {tensor.name} is {datatypes[tensor.name]}, got {_shown(tensor.datatype)}")
+        raise malformed(f"input {tensor.name} must be {datatypes[tensor.name]}, got {_shown(tensor.datatype)}")
     shape = tuple(tensor.shape)
     if tensor.name == "image":
         fits, wanted = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1), "[n] or [n, 1]"
     else:
         fits, wanted = len(shape) == 4 and shape[1:] == (size, size, 3), f"[n, {size}, {size}, 3]"
     if not fits or shape[0] < 1:
-        raise malformed(f"input {tensor.name} has the shape {wanted} with n of 1 or more, got {_shown(list(shape))}")
+        raise malformed(
+            f"input {tensor.name} must have the shape {wanted} with n of 1 or more, got {_shown(list(shape))}"
+        )
     if shape[0] > most:
         raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
     return _encoded_images(tensor) if tensor.name == "image" else _pixels(tensor, shape)
@@ -195,7 +197,9 @@ def _encoded_images(tensor: Tensor) -> list[bytes]:
     count = tensor.shape[0]
     images = _elements(tensor.data, count) if isinstance(tensor.data, memoryview) else list(tensor.data)
     if len(images) != count:
-        raise malformed(f"input image has the shape {list(tensor.shape)} and {len(images)} elements of data")
+        raise malformed(
+            f"input image has {len(images)} elements of data: its shape must say so, got {list(tensor.shape)}"
+        )
     return images
 
 
@@ -226,7 +230,7 @@ def _pixels(tensor: Tensor, shape: tuple[int, ...]) -> Pixels:
         if not np.array_equal(pixels, numbers):
             raise malformed("input pixels: its data must be whole numbers from 0 to 255")
     if pixels.size != prod(shape):
-        raise malformed(f"input pixels has the shape {list(shape)} and {pixels.size} elements of data")
+        raise malformed(f"input pixels has {pixels.size} elements of data: its shape must say so, got {list(shape)}")
     return pixels.reshape(shape)
 
 

@@ -113,7 +113,11 @@ async def _from_form(request: Request, most: int) -> Upload:
             raise Refusal(
                 413, "too_many_images", f"the request has more than the {most} images that are read: send fewer"
             ) from None
-        raise Refusal(400, "bad_request", f"the form cannot be read: {error.message}") from None
+        raise Refusal(
+            400,
+            "bad_request",
+            f"the form cannot be read ({error.message.rstrip('.')}): send the image as its field `file`",
+        ) from None
     return Upload(files, many=len(files) > 1)
 
 
