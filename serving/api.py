@@ -61,6 +61,7 @@ from serving.upload import (
 )
 
 LINES = "application/x-ndjson"
+MOST_CORRECTION_BYTES = 65_536
 FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/metrics": "status"}
@@ -199,8 +200,12 @@ class Api:
         """Store what an image of an answered request really shows."""
         await self.admit(told, 0)
         require_plain(request)
+        body = await request.body()
+        if len(body) > MOST_CORRECTION_BYTES:
+            text = f"a correction has at most {MOST_CORRECTION_BYTES:,} bytes: send a shorter comment"
+            raise Refusal(413, "too_large", text)
         try:
-            document = json.loads(await request.body())
+            document = json.loads(body)
         except (ValueError, RecursionError):
             raise Refusal(400, "bad_request", 'the body is not JSON: send {"request_id", "label"}') from None
         given = _checked(document)

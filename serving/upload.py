@@ -80,7 +80,7 @@ async def read_images(request: Request, most: int) -> Upload:
     if kind == "multipart/form-data":
         upload = await _from_form(request, most)
     elif kind == "application/json":
-        upload = _from_json(await request.body())
+        upload = _from_json(await request.body(), most)
     elif is_raw(request):
         upload = Upload([await request.body()], many=False)
     else:
@@ -91,7 +91,7 @@ async def read_images(request: Request, most: int) -> Upload:
             'image/* content type or application/octet-stream, or JSON {"image": base64}',
         )
     if len(upload.images) > most:
-        raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
+        raise _too_many(most)
     if not upload.images or not (upload.many or upload.images[0]):
         raise Refusal(
             400, "no_image", "the request carries no image: send one in the multipart field `file` or as the body"
@@ -110,9 +110,7 @@ async def _from_form(request: Request, most: int) -> Upload:
             files = [await file.read() for file in form.getlist("file") if isinstance(file, UploadFile)]
     except MultiPartException as error:
         if "Too many files" in error.message:
-            raise Refusal(
-                413, "too_many_images", f"the request has more than the {most} images that are read: send fewer"
-            ) from None
+            raise _too_many(most) from None
         raise Refusal(
             400,
             "bad_request",
@@ -121,8 +119,17 @@ async def _from_form(request: Request, most: int) -> Upload:
     return Upload(files, many=len(files) > 1)
 
 
-def _from_json(body: bytes) -> Upload:
+def _too_many(most: int) -> Refusal:
+    return Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
+
+
+def _from_json(body: bytes, most: int) -> Upload:
+    # Base64 has none of these. What has more is no list of images, and could take up 25 times its size when read.
+    if body.count(b",") >= most:
+        raise _too_many(most)
     try:
+        if body.count(b"[") + body.count(b"{") > 2:
+            raise ValueError
         document = json.loads(body)
     except (ValueError, RecursionError):
         raise Refusal(400, "bad_request", 'the body is not JSON: send {"image": base64}') from None

@@ -72,7 +72,7 @@ def pixel_size(data: bytes) -> tuple[int, int]:
             return int(height), int(width)
         return formats.size(data, name)
     except ValueError as error:
-        raise DecodeError(str(error)) from None
+        raise DecodeError(str(error).removeprefix("tjDecompressHeader3(): ")) from None
 
 
 def _decode_jpeg(data: bytes, least: Least | None) -> Pixels:

@@ -143,7 +143,8 @@ def documents() -> Iterator[Hostile]:
     for name, body, status in (
         ("json 50,000 deep", b"[" * 50_000 + b"]" * 50_000, 400),
         ("json objects 15,000 deep", b'{"a":' * 15_000 + b"1" + b"}" * 15_000, 400),
-        ("json of 30,000 lists", b'{"images": [' + b"[]," * 30_000 + b"[]]}", 422),
+        ("json of 30,000 lists", b'{"images": [' + b"[]," * 30_000 + b"[]]}", 413),
+        ("json of lists in a list", b'{"images": [' + b"[" * 90 + b"]" * 90 + b"]}", 400),
         ("json with a number of 90,000 digits", b'{"image": ' + b"9" * 90_000 + b"}", 400),
         ("json with 1e999", b'{"image": 1e999}', 422),
         ("json with NaN", b'{"image": NaN}', 422),
@@ -163,10 +164,10 @@ def documents() -> Iterator[Hostile]:
         yield Hostile(name, post(PREDICT, body, JSON), status)
     right = {"request_id": "a", "label": CLASSES[0]}
     for name, document, status in (
-        ("feedback of a label of 90 kB", {**right, "label": "a" * 90_000}, 422),
-        ("feedback on a request of 90 kB", {**right, "request_id": "a" * 90_000}, 422),
-        ("feedback with a comment of 90 kB", {**right, "comment": "a" * 90_000}, 422),
-        ("feedback with a key of 90 kB", {**right, "a" * 90_000: 1}, 422),
+        ("feedback of a label of 60 kB", {**right, "label": "a" * 60_000}, 422),
+        ("feedback on a request of 60 kB", {**right, "request_id": "a" * 60_000}, 422),
+        ("feedback with a comment of 90 kB", {**right, "comment": "a" * 90_000}, 413),
+        ("feedback with a key of 60 kB", {**right, "a" * 60_000: 1}, 422),
         ("feedback of half a surrogate", {**right, "request_id": "\ud800"}, 422),
         ("feedback on image 10^4000", {**right, "image": 10**4000}, 422),
         ("feedback on image -1", {**right, "image": -1}, 422),
@@ -238,7 +239,7 @@ def framing() -> Iterator[Hostile]:
     ):
         yield Hostile(f"length {length!r}", post(PREDICT, b"abc", length=length), status, by)
     yield Hostile("length shorter than the body", post(PREDICT, b"abc", length=1), 415)
-    yield Hostile("two lengths for a v2 model", post(INFER, b"abc", length=200_000), 413)
+    yield Hostile("tensor over the limit", post(INFER, b"abc", length=200_000), 413)
 
 
 def heads() -> Iterator[Hostile]:
