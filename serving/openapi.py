@@ -46,7 +46,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
         "missing_scope",
         "key 4f1d2c3b4a59 (shop) is good for feedback, and this request needs predict: use a key with that scope",
     ),
-    404: ("There is no such model or version", "not_found", "there is no model 'other' here: ask for flowers"),
+    404: ("There is no such model, version or file", "not_found", "there is no model 'other' here: ask for flowers"),
     408: (
         "It did not arrive in time",
         "too_slow",
@@ -90,13 +90,13 @@ IMAGE_TYPES = ("image/*", "application/octet-stream")
 FORM = "multipart/form-data"
 LINES = "application/x-ndjson"
 RAW_TENSORS = "application/octet-stream"
-PLAIN = "text/plain"
+PLAIN, HTML, CSS, SCRIPT = "text/plain", "text/html", "text/css", "text/javascript"
 
 PREDICT = Operation(
     "Classify one image, or several",
     {200: ("Answer", "Answers", LINES)},
     body=(*IMAGE_TYPES, FORM, "OneImage", "ManyImages"),
-    parameters=("top_k", "probabilities", "embedding", "X-User"),
+    parameters=("top_k", "probabilities", "embedding", "heat_map", "X-User"),
     refused=(400, 415, 422),
     description="One image is the body itself, a form's field `file` or JSON's `image`; several are repeated fields or "
     "`images`. The answer to several holds a result for each, in order, which may be an error; with `Accept: "
@@ -134,6 +134,10 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/metrics": {"GET": Operation("Prometheus, all replicas together", {200: (PLAIN,)}, scope="status")},
     "/healthz": {"GET": Operation("The process is up", {200: ("Alive",)}, scope=None)},
     "/readyz": {"GET": Operation("The model is loaded and warm", {200: ("Ready",)}, scope=None)},
+    "/": {"GET": Operation("A page for people", {200: (HTML,), 304: ()}, scope=None)},
+    "/page/{file}": {
+        "GET": Operation("A file of the page", {200: (CSS, SCRIPT), 304: ()}, scope=None, refused=(404,)),
+    },
     "/openapi.json": {"GET": Operation("This document", {200: ("application/json",)})},
     "/v2": {"GET": Operation("The server: name, version, extensions", {200: ("V2Server",)}, scope=None)},
     "/v2/health/live": {"GET": Operation("The process is up", {200: ("V2Live",)}, scope=None)},
@@ -201,7 +205,7 @@ class Contract:
         wants_key = self.keys and what.scope is not None
         refused = sorted({*what.refused, *EVERYWHERE, *(KEYS if wants_key else ())})
         return {
-            "operationId": "-".join([method.lower(), *path.replace("{", "").replace("}", "").strip("/").split("/")]),
+            "operationId": "-".join([method.lower(), *re.findall(r"[\w.]+", path)]),
             "summary": what.summary,
             **({"description": what.description} if what.description else {}),
             "tags": ["Open Inference Protocol" if error == "V2Error" else "helio"],
@@ -213,7 +217,7 @@ class Contract:
                     str(status): {
                         "description": what.summary,
                         "headers": _headers(status),
-                        "content": self._content(kinds),
+                        **({"content": self._content(kinds)} if kinds else {}),
                     }
                     for status, kinds in what.answers.items()
                 },
@@ -247,6 +251,8 @@ class Contract:
             "top_k": ("query", "Labels in an answer, the most probable first", count, self.top_k),
             "probabilities": ("query", "Also the probabilities of all classes", switch, True),
             "embedding": ("query", "Also the embedding", switch, True),
+            "heat_map": ("query", "Also what in the image speaks for the best label", switch, True),
+            "file": ("path", "What the page loads", {"type": "string"}, "page.js"),
             "X-User": ("header", "Whom the request is for: kept as a pseudonym", {"type": "string"}, "anna"),
             "Inference-Header-Content-Length": (
                 "header",

@@ -55,7 +55,11 @@ def schemas(classes: Sequence[str], image_size: int, max_images: int) -> Json:
     }
     about = {"request_id": named("RequestId"), "model": named("Model")}
     predicted = {"predictions": listed(named("Prediction"), minItems=1)}
-    asked_for = {"probabilities": probabilities, "embedding": listed(NUMBER)}
+    asked_for = {
+        "probabilities": probabilities,
+        "embedding": listed(NUMBER),
+        "heat_map": listed(listed(PROBABILITY), description="Rows, the top first, over the image's centred square"),
+    }
     failed = record({"error": named("ErrorText")})
     base64 = {"type": "string", "minLength": 1, "contentEncoding": "base64", "description": "An encoded image"}
     tensor = {"name": TEXT, "datatype": TEXT, "shape": listed({"type": "integer"})}

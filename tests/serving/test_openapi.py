@@ -26,7 +26,7 @@ from serving.upload import Refusal
 from tests.serving.conftest import CLASSES, IMAGE_SIZE, picture
 
 NAME, VERSION = "tiny", "7"
-PLACES = {"name": NAME, "version": VERSION}
+PLACES = {"name": NAME, "version": VERSION, "file": "page.js"}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,8 @@ TENSOR = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [CODED]}
 REAL: list[tuple[int, str, dict[str, Any]]] = [
     (200, "POST /v1/predict", {"data": IMAGE}),
     (200, "POST /v1/predict?probabilities=true&embedding=true&top_k=1", {"files": {"file": IMAGE}}),
+    (200, "POST /v1/predict?heat_map=1", {"data": IMAGE}),
+    (404, "GET /page/other.js", {}),
     (200, "POST /v1/predict", {"files": [("file", IMAGE), ("file", b"none")]}),
     (200, "POST /v1/predict", {"json": {"images": [CODED]}}),
     (200, "POST /v1/predict", {"json": {"images": [CODED, "aaaa"]}, "headers": {"accept": LINES}}),
@@ -154,10 +156,13 @@ def test_a_real_answer_conforms(document: Any, url: str, status: int, asked: str
     method, target = asked.split()
     response = requests.request(method, url + target, timeout=30, **more)
     assert response.status_code == status
-    route = re.sub(
-        r"(models|versions)/[^/?]+", lambda found: f"{found[1]}/{{{found[1][:-1]}}}", target.partition("?")[0]
-    )
-    conforms(document, route.replace("{model}", "{name}"), response)
+    conforms(document, route_of(target), response)
+
+
+def route_of(target: str) -> str:
+    """The path of the document that a request's is of."""
+    path = target.partition("?")[0]
+    return next(route for route in OPERATIONS if re.fullmatch(re.sub("{.+?}", "[^/]+", route), path))
 
 
 def test_each_example_can_be_sent_as_it_is(document: Any, url: str) -> None:
