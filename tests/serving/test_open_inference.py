@@ -425,7 +425,7 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "odd shape": ({"inputs": [image_input(shape=[1, "1"])]}, 400, "must be a list of whole numbers"),
     "two columns": ({"inputs": [image_input(shape=[1, 2])]}, 400, "must have the shape [n] or [n, 1]"),
     "no image": ({"inputs": [image_input(shape=[0], data=[])]}, 400, "with n of 1 or more, got [0]"),
-    "fewer images": ({"inputs": [image_input(shape=[2])]}, 400, "the shape [2] and 1 elements"),
+    "fewer images": ({"inputs": [image_input(shape=[2])]}, 400, "has 1 elements of data"),
     "negative": ({"inputs": [image_input(shape=[-1])]}, 400, "with n of 1 or more"),
     "too many": ({"inputs": [image_input(shape=[MOST + 1])]}, 413, f"more than the {MOST} images"),
     "no data": ({"inputs": [without(image_input(), "data")]}, 400, "an input has no data"),
@@ -486,7 +486,7 @@ def test_what_is_wrong_is_refused_with_what_to_do(servers: Servers, fault: str) 
         (b"\x03\0\0\0cat!", None, "1 bytes belong to no tensor"),
         (b"\x09\0\0\0cat", None, "ends within an element"),
         (b"\x09\0", None, "ends within an element"),
-        (b"\x03\0\0\0cat\x03\0\0\0cat\x03\0\0\0cat", None, "the shape [1] and 2 elements"),
+        (b"\x03\0\0\0cat\x03\0\0\0cat\x03\0\0\0cat", None, "has 2 elements of data"),
     ],
 )
 def test_raw_tensors_that_do_not_add_up_are_refused(
@@ -555,7 +555,7 @@ GRPC_FAULTS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
     "other version": (infer_request(model_version="9"), grpc.StatusCode.NOT_FOUND, "version '9' of tiny"),
     "other name": (infer_request(IMAGE | {"name": "x"}), grpc.StatusCode.INVALID_ARGUMENT, "no input 'x'"),
     "other type": (infer_request(IMAGE | {"datatype": "FP16"}), grpc.StatusCode.INVALID_ARGUMENT, "got 'FP16'"),
-    "no data": (infer_request(IMAGE), grpc.StatusCode.INVALID_ARGUMENT, "shape [1] and 0 elements"),
+    "no data": (infer_request(IMAGE), grpc.StatusCode.INVALID_ARGUMENT, "has 0 elements of data"),
     "too many": (infer_request(IMAGE | {"shape": [9]}), grpc.StatusCode.INVALID_ARGUMENT, "more than the 8 images"),
     "no picture": (
         infer_request(IMAGE, raw=[b"\x03\0\0\0cat"]),
