@@ -35,10 +35,6 @@ SERVES_OWN_HEADERS = frozenset(
 """Serve obeys these, and fails on bytes in them that are no UTF-8. Of a client's only its request id is kept."""
 REQUEST_ID = re.compile("[!-~]{1,200}")
 
-OVERLOADED = Refusal(
-    503, "overloaded", "the endpoint has as many requests as it takes: try again after a moment", retry_after_s=1
-)
-
 
 class RequestGate:
     """ASGI middleware: bounds what a request may send and how long that may take; makes Serve's own refusals JSON."""
@@ -61,24 +57,19 @@ class RequestGate:
             await self._take_in(scope, receive, body)
             await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
         except Refusal as error:
+            self._let_go(body)
             await _answer(send, error, scope, None if error.status == 408 else receive)
         except ClientDisconnect:
             pass
         finally:
-            self._held -= sum(map(len, body))
+            self._let_go(body)
 
     async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes]) -> None:
         """Read the body, as one element. Raises Refusal, or ClientDisconnect."""
         declared = Headers(scope=scope).get("content-length", "")
-        size, more = int(declared) if declared.isdecimal() else 0, True
-        too_large = Refusal(
-            413,
-            "too_large",
-            f"the request is larger than the {self._max_bytes:,} bytes that are read: send a smaller image",
-        )
-        if size > self._max_bytes:
-            raise too_large
-        size = 0
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise self._too_large()
+        size, more = 0, True
         try:
             async with asyncio.timeout(self._timeout_s):
                 while more:
@@ -90,14 +81,27 @@ class RequestGate:
                     size += len(part)
                     self._held += len(part)
                     if size > self._max_bytes:
-                        raise too_large
+                        raise self._too_large()
                     # What comes in one piece gets in however much is held of others.
                     if len(body) > 1 and self._held > self._most_held:
-                        raise OVERLOADED
+                        raise _overloaded()
         except TimeoutError:
             text = f"the request did not arrive within {self._timeout_s:g} s: send it faster, or send less"
             raise Refusal(408, "too_slow", text) from None
         body[:] = [b"".join(body)]
+
+    def _let_go(self, body: list[bytes]) -> None:
+        self._held -= sum(map(len, body))
+        body.clear()
+
+    def _too_large(self) -> Refusal:
+        text = f"the request is larger than the {self._max_bytes:,} bytes that are read: send a smaller image"
+        return Refusal(413, "too_large", text)
+
+
+def _overloaded() -> Refusal:
+    text = "the endpoint has as many requests as it takes: try again after a moment"
+    return Refusal(503, "overloaded", text, retry_after_s=1)
 
 
 def _set_own_headers(scope: Scope) -> None:
@@ -151,19 +155,18 @@ async def _answer(send: Send, refusal: Refusal, scope: Scope, rest: Receive | No
 
 def _overload_in_json(scope: Scope, send: Send) -> Send:
     """Serve's own answer of a full queue is plain text; ours is JSON like every other error."""
-    replaced = False
-    body = json.dumps(error_form(scope["path"], OVERLOADED)).encode()
+    body: bytes | None = None
 
     async def send_json(message: Message) -> None:
-        nonlocal replaced
+        nonlocal body
         if message["type"] == "http.response.start" and message["status"] == 503:
             headers = Headers(raw=message["headers"])
             if headers.get("content-type", "").startswith("text/plain"):
-                replaced = True
+                body = json.dumps(error_form(scope["path"], _overloaded())).encode()
                 kept = [h for h in message["headers"] if h[0].lower() not in (b"content-type", b"content-length")]
                 own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
                 message = {**message, "headers": [*kept, *own]}
-        elif replaced and message["type"] == "http.response.body":
+        elif body is not None and message["type"] == "http.response.body":
             message = {"type": "http.response.body", "body": b"" if message.get("more_body") else body}
         await send(message)
 
