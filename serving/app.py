@@ -16,6 +16,7 @@ from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
 from serving.config import ServeConfig
+from serving.gate import replica_environment
 from serving.link import Link
 from serving.metrics.families import Snapshot
 from serving.metrics.replica import Metrics
@@ -24,7 +25,6 @@ from serving.records.feedback import Feedback
 from serving.records.hours import record_directory
 from serving.records.log import PredictionLog
 from serving.served import Served
-from serving.upload import replica_environment
 
 NAME = "helio"
 """The Serve application."""
@@ -113,7 +113,11 @@ def build_application(config: ServeConfig, version: ModelVersion, profile: Profi
         ray_actor_options={
             "num_cpus": resources.cpus,
             "num_gpus": resources.gpus,
-            "runtime_env": {"env_vars": replica_environment(config.max_request_bytes)},
+            "runtime_env": {
+                "env_vars": replica_environment(
+                    config.max_request_bytes, config.request_timeout_s, config.max_ongoing_requests
+                )
+            },
         },
         health_check_period_s=10.0,
         health_check_timeout_s=30.0,
