@@ -17,7 +17,7 @@ from serving.records.log import DRAIN_S, PredictionLog, Record
 from serving.records.lookup import Lookup
 from serving.rollout.arms import Arms
 from serving.served import Role, Served, top
-from serving.upload import Refusal
+from serving.upload import Refusal, is_open_inference
 
 JUDGED = 100_000
 """Labelled answers that are counted in one replica."""
@@ -62,7 +62,7 @@ class Inquiry:
     @property
     def is_v2(self) -> bool:
         """Whether it is of the Open Inference Protocol, which has errors of its own form."""
-        return self.route == "/v2" or self.route.startswith("/v2/")
+        return is_open_inference(self.route)
 
     @property
     def asker(self) -> str | None:
@@ -173,7 +173,7 @@ class Answering:
         )
         for held in inquiry.held:
             held.users -= 1
-        if not self.arms.is_watching or served is None:
+        if served is None or not self.arms.is_watching:
             return
         if inquiry.failed is not None:
             self.arms.count(inquiry.stage, "candidate", None)
@@ -187,7 +187,7 @@ class Answering:
         """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
         if not isinstance(image, bytes):
             return image, image.shape[:2]
-        height, width = self._check_size(image)
+        height, width = await served.beside(len(image), self._check_size, image)
         return await served.decode(image, height * width), (height, width)
 
     async def _compare(

@@ -10,6 +10,7 @@
     GET  /v1/rollout   the staged roll-out of another version, and its audit log
     POST /v1/rollout   {"action": "start|pause|resume|promote|abort", "version", "why"}
     GET  /metrics      Prometheus, all replicas together
+    GET  /openapi.json all of this for programs, see serving.openapi
     /v2/…              the Open Inference Protocol, see serving.open_inference
     GET  /healthz      the process is up
     GET  /readyz       the model is loaded and warm
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -41,9 +42,10 @@ from serving.batching import Answer
 from serving.config import ServeConfig
 from serving.link import Link
 from serving.metrics.replica import Metrics
-from serving.open_inference import OpenInference, error_response
+from serving.open_inference import OpenInference
 from serving.open_inference_grpc import Context
 from serving.open_inference_tensors import Answers
+from serving.openapi import Contract
 from serving.page import page_files
 from serving.records.feedback import Feedback
 from serving.records.identity import new_request_id
@@ -52,9 +54,18 @@ from serving.records.lookup import Lookup
 from serving.rollout.arms import Arms
 from serving.rollout.director import read_order
 from serving.served import Options, Served
-from serving.upload import Refusal, error_document, is_raw, read_images
+from serving.upload import (
+    Refusal,
+    error_document,
+    error_form,
+    is_raw,
+    is_text,
+    read_images,
+    require_plain,
+)
 
 LINES = "application/x-ndjson"
+MOST_CORRECTION_BYTES = 65_536
 FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/v1/rollout": "status", "/metrics": "status"}
@@ -99,6 +110,7 @@ class Api:
             "/v1/status": {"GET": self.status},
             "/v1/rollout": {"GET": self.rollout, "POST": self.order},
             "/metrics": {"GET": self.metrics},
+            "/openapi.json": {"GET": self.contract},
             "/healthz": {"GET": self.healthz},
             "/readyz": {"GET": self.readyz},
             "/": {"GET": self.page},
@@ -124,7 +136,8 @@ class Api:
 
     async def predict(self, request: Request, told: Inquiry) -> Response:
         """Classify one image, or several."""
-        if is_raw(request):
+        # How many images a form or JSON has is known once it is read, which is not done for whoever shows no key.
+        if is_raw(request) or told.secret is None:
             await self.admit(told, 1)
         upload = await read_images(request, self._config.max_images)
         if told.admission is None:
@@ -148,7 +161,7 @@ class Api:
         """See serving.open_inference."""
 
         async def model(request: Request, version: str) -> V2Model:
-            if request.method == "GET":
+            if request.method == "GET" or told.secret is None:
                 await self.admit(told, 0)
             return V2Model(self, told, version)
 
@@ -171,8 +184,13 @@ class Api:
     async def correct(self, request: Request, told: Inquiry) -> Response:
         """Store what an image of an answered request really shows."""
         await self.admit(told, 0)
+        require_plain(request)
+        body = await request.body()
+        if len(body) > MOST_CORRECTION_BYTES:
+            text = f"a correction has at most {MOST_CORRECTION_BYTES:,} bytes: send a shorter comment"
+            raise Refusal(413, "too_large", text)
         try:
-            document = json.loads(await request.body())
+            document = json.loads(body)
         except (ValueError, RecursionError):
             raise Refusal(400, "bad_request", 'the body is not JSON: send {"request_id", "label"}') from None
         given = _checked(document)
@@ -214,6 +232,7 @@ class Api:
     async def order(self, request: Request, told: Inquiry) -> Response:
         """Start, pause, resume, promote or abort a roll-out."""
         await self.admit(told, 0, "admin")
+        require_plain(request)
         try:
             action, version, why = read_order(await request.body())
         except HelioError as error:
@@ -229,6 +248,21 @@ class Api:
         await self.admit(told, 0)
         body, content_type = await self._desk.link.ask("text", request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
+
+    async def contract(self, request: Request, told: Inquiry) -> Response:
+        """All of this as an OpenAPI document."""
+        await self.admit(told, 0)
+        served, config = self.arms.champion, self._config
+        contract = Contract(
+            served.version.model,
+            served.version.version,
+            served.classes,
+            served.size,
+            self.answering.labels,
+            config.max_images,
+            self._desk.keys,
+        )
+        return JSONResponse(contract.document())
 
     async def healthz(self, request: Request, told: Inquiry) -> Response:
         """The process answers."""
@@ -266,18 +300,15 @@ class Api:
             refusal = error
         except HTTPException as error:
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-            refusal = Refusal(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+            asked = f"{request.method} {request.scope['path'][:100]}"
+            refusal = Refusal(error.status_code, code, f"{asked}: {error.detail}")
             refusal.headers = dict(error.headers or {})
-        except ClientDisconnect:
-            refusal = Refusal(400, "bad_request", "the request broke off: send it whole")
         except Exception as error:
             _log(request, error)
             text = "the endpoint failed on this request; its log has the details under the request's id"
             refusal = Refusal(500, "internal", text)
         await self.settle(told, refusal)
-        if told.is_v2:
-            return error_response(refusal.message, refusal.status, refusal.headers)
-        return JSONResponse(error_document(refusal.code, refusal.message), refusal.status, refusal.headers)
+        return JSONResponse(error_form(told.route, refusal), refusal.status, refusal.headers)
 
     async def settle(self, told: Inquiry, refusal: Refusal) -> None:
         """Who is not answered by the endpoint's fault gets back what was taken."""
@@ -341,7 +372,7 @@ class Api:
         most = len(served.classes)
         flags = {name: _switch(name, query[name]) for name in FLAGS if name in query}
         asked = query.get("top_k", str(self.answering.labels))
-        if not asked.isdecimal() or not 1 <= int(asked) <= most:
+        if not asked.isdecimal() or len(asked) > 9 or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
         options = Options(top_k=int(asked), **flags)
         served.check_options(options)
@@ -448,7 +479,7 @@ def _checked(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict) or not {"request_id", "label"} <= document.keys() <= KINDS.keys():
         raise Refusal(422, "bad_request", "the JSON must have request_id and label, and may have image and comment")
     for name, value in document.items():
-        if not isinstance(value, KINDS[name]) or isinstance(value, bool):
+        if type(value) is not KINDS[name] or not (KINDS[name] is int or is_text(value)):
             kind = "a whole number" if KINDS[name] is int else "text"
             raise Refusal(422, "bad_request", f"{name} must be {kind}")
     return document

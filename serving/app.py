@@ -19,6 +19,7 @@ from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
 from serving.config import ServeConfig
+from serving.gate import replica_environment
 from serving.link import Link
 from serving.metrics.families import Snapshot
 from serving.metrics.replica import Metrics
@@ -30,7 +31,6 @@ from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms
 from serving.rollout.state import Version
 from serving.served import Served
-from serving.upload import replica_environment
 
 NAME = "helio"
 """The Serve application."""
@@ -132,7 +132,11 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
         ray_actor_options={
             "num_cpus": resources.cpus,
             "num_gpus": resources.gpus,
-            "runtime_env": {"env_vars": replica_environment(config.max_request_bytes)},
+            "runtime_env": {
+                "env_vars": replica_environment(
+                    config.max_request_bytes, config.request_timeout_s, config.max_ongoing_requests
+                )
+            },
         },
         health_check_period_s=10.0,
         health_check_timeout_s=30.0,

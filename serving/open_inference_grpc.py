@@ -22,6 +22,7 @@ from serving.open_inference_tensors import (
     check_name,
     checked,
     images_of,
+    malformed,
     model_metadata,
     outputs_of,
     server_metadata,
@@ -168,9 +169,11 @@ class InferenceService:
 def _tensors(request: messages.ModelInferRequest) -> list[Tensor]:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise _bad(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs: send one for each")
+        raise malformed(
+            f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs: send one for each"
+        )
     if raw and any(entry.HasField("contents") for entry in request.inputs):
-        raise _bad("the inputs have contents beside raw_input_contents: send either")
+        raise malformed("the inputs have contents beside raw_input_contents: send either")
     if raw:
         data: list[Any] = [memoryview(tensor) for tensor in raw]
     else:
@@ -185,7 +188,7 @@ def _classification(parameters: Mapping[str, messages.InferParameter]) -> int:
     if "classification" not in parameters:
         return 0
     if parameters["classification"].WhichOneof("parameter_choice") != "int64_param":
-        raise _bad("classification of an output must be an int64_param")
+        raise malformed("classification of an output must be an int64_param")
     return parameters["classification"].int64_param
 
 
@@ -211,7 +214,3 @@ def serve_options(port: int, timeout_s: float) -> dict[str, Any]:
         # It would look the service up among messages of its own name, which are not here.
         "enable_reflection": False,
     }
-
-
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "bad_request", message)
