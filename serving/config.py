@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from cluster.schema import Section
 from serving.records.config import RecordConfig
+from serving.rollout.config import RolloutConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -16,6 +17,7 @@ class ServeConfig(Section):
     keys: Literal["auto", "required", "none"] = "auto"
     """Whether requests want an API key (`helio keys create`). auto: only where `host` is not this machine's own."""
     records: RecordConfig = RecordConfig()
+    rollout: RolloutConfig = RolloutConfig()
     host: str = "127.0.0.1"
     """Address to bind; `0.0.0.0` opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)

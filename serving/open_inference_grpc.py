@@ -91,14 +91,15 @@ def _guarded(method: Method) -> Method:
 class InferenceService:
     """Answers the protocol's calls.
 
-    `model_of(context, version)` gives the model that answers a call, which may be for a version or, where that is
-    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered without
-    it. `local_only` refuses callers on other machines: a replica of Serve listens for calls on every address, also
-    where the endpoint is at a loopback one. Serve finds a method by its name, and gives the context by its own.
+    `model_of(context, version, infers)` gives the model that answers a call, which may be for a version or, where that
+    is empty, for any, and may want more than metadata. It raises Refusal where none may. The server's metadata,
+    liveness and readiness are answered without it. `local_only` refuses callers on other machines: a replica of Serve
+    listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
+    name, and gives the context by its own.
     """
 
     def __init__(
-        self, model_of: Callable[[Context, str], Awaitable[Model]], max_images: int, local_only: bool = False
+        self, model_of: Callable[[Context, str, bool], Awaitable[Model]], max_images: int, local_only: bool = False
     ) -> None:
         self.__model_of, self.__max_images, self.__local_only = model_of, max_images, local_only
 
@@ -142,7 +143,7 @@ class InferenceService:
         self, request: messages.ModelInferRequest, grpc_context: Context
     ) -> messages.ModelInferResponse:
         """What the model says of the images; raw where the request is."""
-        model = await self.__named(request.model_name, request.model_version, grpc_context)
+        model = await self.__named(request.model_name, request.model_version, grpc_context, infers=True)
         asked = checked([Asked(output.name, _classification(output.parameters)) for output in request.outputs])
         answers = await model.predict(images_of(_tensors(request), model, self.__max_images))
         response = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
@@ -157,10 +158,10 @@ class InferenceService:
                 getattr(told.contents, VALUES[output.datatype]).extend(encoded)
         return response
 
-    async def __named(self, name: str, version: str, context: Context) -> Model:
+    async def __named(self, name: str, version: str, context: Context, infers: bool = False) -> Model:
         if self.__local_only and not context.peer().startswith(LOOPBACK):
             raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
-        model = await self.__model_of(context, version)
+        model = await self.__model_of(context, version, infers)
         check_name(model, name, version)
         return model
 

@@ -52,6 +52,11 @@ ERRORS: dict[int, tuple[str, str, str]] = {
         "too_slow",
         "the request did not arrive within 30 s: send it faster, or send less",
     ),
+    409: (
+        "The roll-out does not stand where that could be done",
+        "no_such_step",
+        "there is no roll-out to pause: start one",
+    ),
     413: (
         "It has too many bytes, images or pixels",
         "too_large",
@@ -130,6 +135,18 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
     "/v1/model": {"GET": Operation("What answers", {200: ("ServedModel",)})},
     "/v1/status": {
         "GET": Operation("The model, its replicas and what they have answered", {200: ("Status",)}, scope="status")
+    },
+    "/v1/rollout": {
+        "GET": Operation("The last staged roll-out and the audit log", {200: ("RollOut",)}, scope="status"),
+        "POST": Operation(
+            "Start, pause, resume, promote or abort a roll-out",
+            {200: ("RollOut",)},
+            scope="admin",
+            body=("Order",),
+            parameters=("X-User",),
+            refused=(400, 409, 415),
+            description="Each order is in the audit log with its reason before it takes effect.",
+        ),
     },
     "/metrics": {"GET": Operation("Prometheus, all replicas together", {200: (PLAIN,)}, scope="status")},
     "/healthz": {"GET": Operation("The process is up", {200: ("Alive",)}, scope=None)},

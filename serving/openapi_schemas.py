@@ -8,8 +8,10 @@ from typing import Any
 
 from serving.metrics.families import CODES
 from serving.open_inference_tensors import EXTENSIONS, OUTPUTS
+from serving.rollout.director import ACTIONS, LONGEST
 
 Json = dict[str, Any]
+STATES = ("loading", "shadow", "sharing", "paused", "promoted", "rolled_back", "aborted")
 
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP43+AAAARBAcAM0e2RAAAAAElFTkSuQmCC"
 """One pixel as PNG, in base64: examples can be sent as they are."""
@@ -113,8 +115,73 @@ def schemas(classes: Sequence[str], image_size: int, max_images: int) -> Json:
             {
                 "model": named("Model"),
                 "replicas": record({"running": COUNT}),
+                "rollout": {"anyOf": [{"type": "null"}, named("RollOutState")]},
                 "arms": {"type": "object", "additionalProperties": named("Arm")},
             }
+        ),
+        "Version": record({"version": TEXT, "digest": TEXT}),
+        "Rate": record({"n": COUNT, "k": COUNT, "rate": {"type": ["number", "null"]}, "low": NUMBER, "high": NUMBER}),
+        "RollOutState": record(
+            {
+                "id": TEXT,
+                "state": {"enum": list(STATES)},
+                "stage": {"type": "string", "description": "loading, shadow, or the share of users, as 5%"},
+                "share": PROBABILITY,
+                "champion": named("Version"),
+                "candidate": named("Version"),
+                "started": NUMBER,
+                "since": NUMBER,
+                "reason": {"type": ["string", "null"]},
+                "slow_s": {"type": ["number", "null"]},
+                "min_requests": COUNT,
+                "arms": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": COUNT}},
+                "tests": {
+                    "type": "object",
+                    "additionalProperties": record(
+                        {
+                            "tolerance": NUMBER,
+                            "needed": {"type": "boolean"},
+                            "harm": {"type": "number", "description": "1 rolls back"},
+                            "safe": {"type": "number", "description": "1 is enough for a step"},
+                            "champion": named("Rate"),
+                            "candidate": named("Rate"),
+                        }
+                    ),
+                },
+            }
+        ),
+        "Order": record(
+            {
+                "action": {"enum": list(ACTIONS)},
+                "why": {"type": "string", "pattern": r"\S", "maxLength": LONGEST},
+            },
+            {
+                "version": {
+                    "type": "string",
+                    "pattern": r"\S",
+                    "maxLength": LONGEST,
+                    "description": "To start with: a number or an alias of the registry; `candidate` unless told",
+                }
+            },
+        ),
+        "RollOut": record(
+            {
+                "rollout": {"anyOf": [{"type": "null"}, named("RollOutState")]},
+                "audit": listed(
+                    record(
+                        {
+                            "rollout": TEXT,
+                            "at": NUMBER,
+                            "who": TEXT,
+                            "action": TEXT,
+                            "why": TEXT,
+                            "figures": named("RollOutState"),
+                        }
+                    ),
+                    description="The oldest first",
+                ),
+            },
+            {"audit_fault": {"type": "string", "description": "How the log was tampered with"}},
         ),
         "Alive": record({"status": {"const": "ok"}}),
         "Ready": record({"status": {"const": "ready"}, "model": named("Model")}),
@@ -221,8 +288,11 @@ def examples(name: str, version: str, classes: Sequence[str], image_size: int) -
         "Status": {
             "model": model,
             "replicas": {"running": 2},
+            "rollout": None,
             "arms": {"champion": {"requests": 9000, "errors": 0, "p50_ms": 4.1, "p99_ms": 9.7}},
         },
+        "Order": {"action": "start", "version": "8", "why": "trained on the new labels"},
+        "RollOut": {"rollout": None, "audit": []},
         "Alive": {"status": "ok"},
         "Ready": {"status": "ready", "model": model},
         "V2Server": {"name": "helio", "version": "0.1.0", "extensions": list(EXTENSIONS)},

@@ -1,11 +1,12 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,10 @@ from jobs.bundle import Bundle
 from jobs.data.decode import DecodeError, Pixels, decode_to_size
 from jobs.registry import ModelVersion
 from serving.batching import Answer, Batcher
+from serving.metrics.replica import Arm, Metrics
 from serving.upload import Refusal
 
+Role = Literal["champion", "candidate"]
 INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
 INLINE_BYTES = 4 * INLINE_PIXELS
@@ -43,9 +46,9 @@ class Served:
         max_batch_size: int,
         wait_s: float,
         decoders: ThreadPoolExecutor,
-        told: Callable[[int], None],
+        turn: threading.Lock,
     ) -> None:
-        """`told` is called with the size of each batch. Raises CheckpointError when the bundle is not the registered
+        """Versions that share `turn` run one at a time. Raises CheckpointError when the bundle is not the registered
         one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
@@ -55,9 +58,26 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s, told)
+        self._batcher = Batcher(
+            self._loaded.predict_pixels,
+            (self.size, self.size, 3),
+            max_batch_size,
+            wait_s,
+            lambda size: self.arm.batch(size),
+            turn,
+        )
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
+        self.users = 0
+        """Requests that have chosen it and are not answered yet."""
+
+    def play(self, role: Role, metrics: Metrics) -> None:
+        """Answer in this role from now on, and be counted in it."""
+        version = self.version.version
+        self.arm: Arm = metrics.arm(role, version)
+        self.shadow: Arm = metrics.arm("shadow", version)
+        self.role: Role = role
+        self.arm.loaded(self.version.digest, self.load_s)
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
@@ -96,6 +116,10 @@ class Served:
     async def check(self) -> None:
         """Raises what the model raises, where it no longer answers."""
         await self._batcher.ask(np.zeros((self.size, self.size, 3), np.uint8))
+
+    def label(self, answer: Answer) -> str:
+        """The most probable one."""
+        return str(self.classes[top(answer.probabilities, 1)[0]])
 
     def describe(self, answer: Answer, options: Options) -> dict[str, Any]:
         """An answer as JSON."""
