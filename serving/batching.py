@@ -19,7 +19,7 @@ from jobs.data.decode import Pixels
 
 PADDED_FROM = 0.75
 """Of a batch's size; a model on CPUs takes as long for padding as for images."""
-TURN_S = 1.0
+TURN_S = 5.0
 """How long a model waits for another one that shares its turn."""
 T = TypeVar("T")
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]

@@ -157,7 +157,10 @@ def test_what_a_candidate_fails_at_the_champion_answers(directory: Path) -> None
     asyncio.run(work())
 
 
-def test_a_candidate_that_hangs_takes_neither_user_nor_champion_with_it(directory: Path) -> None:
+def test_a_candidate_that_hangs_takes_neither_user_nor_champion_with_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.batching.TURN_S", 0.3)
     go = threading.Event()
 
     async def work() -> None:
