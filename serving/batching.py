@@ -19,7 +19,7 @@ from jobs.data.decode import Pixels
 
 PADDED_FROM = 0.75
 """Of a batch's size; a model on CPUs takes as long for padding as for images."""
-TURN_S = 2.0
+TURN_S = 5.0
 """How long a model waits for another one that shares its turn."""
 T = TypeVar("T")
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -107,8 +107,10 @@ class Batcher:
     def _work(self) -> None:
         while items := self._take():
             loop = items[0].answer.get_loop()
-            # A model that hangs must not take the other one with it.
             has_turn = self._turn.acquire(timeout=TURN_S)
+            if not has_turn:
+                # The other model hangs: it must not take this one with it.
+                self._turn = threading.Lock()
             try:
                 found = [items[0].work()] if callable(items[0].work) else self._answers(items)
                 loop.call_soon_threadsafe(_deliver, items, found)

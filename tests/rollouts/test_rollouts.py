@@ -14,8 +14,9 @@ from cluster.errors import EndpointError
 from cluster.output import Output
 from serving.control import NAME
 from serving.rollout_command import change_command
-from tests.rollouts.conftest import IMAGE_SIZE, Stage
+from tests.rollouts.conftest import Stage
 from tests.rollouts.crowd import Told, ask, pictures
+from tests.rollouts.versions import IMAGE_SIZE
 
 IMAGES = pictures(200, IMAGE_SIZE)
 
