@@ -4,12 +4,15 @@
 
 An endpoint of two replicas serves the champion of `tests/rollouts`. A version as good as it is rolled out again and
 again, each of them with the other one as champion; a failing, a slow and a shuffled one are rolled out some times
-each; and 10,000 requests are sent while a candidate is shadowed. All by plain HTTP without retries.
+each; 10,000 requests are sent while a candidate is shadowed; and 20 times another version is loaded and promoted while
+requests go on. All by plain HTTP without retries.
 """
 
 import os
+import re
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,13 @@ from jobs.registry import ModelVersion
 from serving.config import ServeConfig
 from serving.deploy import endpoint
 from tests.measure import run_benchmark
-from tests.rollouts.crowd import ask, pictures
+from tests.rollouts.crowd import Told, ask, pictures
 from tests.rollouts.versions import IMAGE_SIZE, SETTINGS, make_versions
 
 ALIKE = int(os.environ.get("ALIKE", "50"))
 BAD = int(os.environ.get("BAD", "5"))
-SHADOWED = 10_000
+SHADOWED, RELOADS = 10_000, 20
+MEMORY = re.compile(r"^helio_process_resident_memory_bytes\{.*\} (\S+)$", re.MULTILINE)
 IMAGES = pictures(200, IMAGE_SIZE)
 ENDED = ("promoted", "rolled_back", "aborted")
 
@@ -42,7 +46,7 @@ def _measure(scratch: Path) -> dict[str, Any]:
         versions = make_versions(profile)
         config = ServeConfig(port=free_ports(1)[0], **SETTINGS)
         with endpoint(profile, config, versions["champion"]) as url:
-            results = _bad(url, versions) | _shadow(url, versions)
+            results = _bad(url, versions) | _shadow(url, versions) | _reloads(url, versions)
             return results | _alike(url, versions)
 
 
@@ -73,6 +77,36 @@ def _shadow(url: str, versions: dict[str, ModelVersion]) -> dict[str, Any]:
     print(f"{len(told)} requests in the shadow stage: {returned} answers of the candidate, {failed} errors", flush=True)
     _order(url, "abort")
     return {"shadow_answers_returned": returned, "shadow_errors": failed}
+
+
+def _reloads(url: str, versions: dict[str, ModelVersion]) -> dict[str, Any]:
+    ask(url, IMAGES, 2000)
+    quiet = ask(url, IMAGES, 4000)
+    memory, during = [], []
+    for number in range(RELOADS):
+        _order(url, "start", versions["twin" if number % 2 == 0 else "champion"])
+        during += ask(url, IMAGES, 100_000, _is("shadow"))
+        _order(url, "promote")
+        during += ask(url, IMAGES, 400)
+        time.sleep(2)  # The counts of all replicas are told once a second.
+        memory.append(sum(map(float, MEMORY.findall(requests.get(f"{url}/metrics", timeout=60).text))))
+    failed = sum(one.status != 200 for one in during)
+    p99 = [1000 * quantile_s(told, 0.99) for told in (quiet, during)]
+    print(
+        f"{RELOADS} reloads: {len(during)} requests, {failed} errors, p99 {p99[0]:.1f} ms quiet and {p99[1]:.1f} ms "
+        f"meanwhile, memory of both replicas {' '.join(f'{size / 2**20:.0f}' for size in memory)} MiB",
+        flush=True,
+    )
+    return {
+        "reload_errors": failed,
+        "reload_memory_growth": round(memory[-1] / memory[4] - 1, 4),
+        "reload_p99_vs_quiet": round(p99[1] / p99[0], 2),
+    }
+
+
+def quantile_s(told: Sequence[Told], share: float) -> float:
+    """Of what requests took."""
+    return sorted(one.took_s for one in told)[int(share * (len(told) - 1))]
 
 
 def _alike(url: str, versions: dict[str, ModelVersion]) -> dict[str, Any]:
