@@ -25,6 +25,8 @@ INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
 INLINE_BYTES = 4 * INLINE_PIXELS
 """Files up to this are looked at where they arrive. Of a larger one the structure alone can take a second to follow."""
+LEAVE_S = 0.2
+"""How often a version that leaves is looked at for requests that it still answers."""
 
 T = TypeVar("T")
 
@@ -76,8 +78,8 @@ class Served:
     def play(self, role: Role, metrics: Metrics) -> None:
         """Answer in this role from now on, and be counted in it."""
         version = self.version.version
-        self.arm: Arm = metrics.arm(role, version)
-        self.shadow: Arm = metrics.arm("shadow", version)
+        self.arm: Arm = metrics.arm(role, version, self.version.model)
+        self.shadow: Arm = metrics.arm("shadow", version, self.version.model)
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
 
@@ -139,6 +141,12 @@ class Served:
         if answer.heat_map is not None:
             told["heat_map"] = answer.heat_map.astype(float).round(3).tolist()
         return told
+
+    async def leave(self) -> None:
+        """Close it once its last request is answered. It must not be chosen any more."""
+        while self.users:
+            await asyncio.sleep(LEAVE_S)
+        await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """Let what waits be answered, and give the model's thread back."""

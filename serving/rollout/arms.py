@@ -15,8 +15,6 @@ from serving.served import Role, Served
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
-RETIRED_S = 0.2
-"""How often a version that has left is looked at for requests that it still answers."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -181,14 +179,8 @@ class Arms:
 
     def _retire(self, served: Served) -> None:
         """Give a version up once its last request is answered."""
-
-        async def close() -> None:
-            while served.users:
-                await asyncio.sleep(RETIRED_S)
-            await asyncio.to_thread(served.close)
-
         served.arm.unloaded()
-        self._keep(close())
+        self._keep(served.leave())
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
