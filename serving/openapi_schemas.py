@@ -47,8 +47,10 @@ def listed(item: Json, **more: Any) -> Json:
 
 
 def schemas(classes: Sequence[str], image_size: int, max_images: int, several: bool = False) -> Json:
-    """Everything that requests and answers are made of, by name. With `several` models, others have classes and an image
-    size of their own."""
+    """Everything that requests and answers are made of, by name.
+
+    With `several` models, others have classes and an image size of their own.
+    """
     side = {"type": "integer", "minimum": 1} if several else {"const": image_size}
     shape = [{"type": "integer", "minimum": 1}, side, side, {"const": 3}]
     probabilities = {

@@ -257,7 +257,7 @@ class AsyncClient:
         request = self._endpoint.feedback(request_id, label, image, comment, model)
         document(await self._send(request, self._endpoint.deadline()), 201)
 
-    async def model(self) -> dict[str, Any]:
+    async def model(self, name: str | None = None) -> dict[str, Any]:
         """As `Client.model`."""
         return await self._get(of_model("/v1/model", name))
 
