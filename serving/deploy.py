@@ -211,7 +211,7 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     logs = profile.storage_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with output.noise_to(logs / "deploy.log"):
-        version = _unregistered(Path(bundle)) if bundle else _champion(profile, recipe.name)
+        version = find_version(recipe, profile, bundle)
         with ray_session(profile, ["deploy"]), endpoint(profile, config, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
@@ -223,11 +223,10 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     return 0
 
 
-def _champion(profile: Profile, model: str) -> ModelVersion:
-    return Registry(profile.storage_path).require(model, "champion")
-
-
-def _unregistered(directory: Path) -> ModelVersion:
-    bundle = Bundle.open(directory.resolve())
+def find_version(recipe: "Recipe", profile: Profile, directory: str | None) -> ModelVersion:
+    """The champion of the recipe's model, or the bundle in `directory`. Raises HelioError where there is none."""
+    if directory is None:
+        return Registry(profile.storage_path).require(recipe.name, "champion")
+    bundle = Bundle.open(Path(directory).resolve())
     name = str(bundle.manifest.get("name", bundle.directory.name))
     return ModelVersion(name, "unregistered", bundle.directory, bundle.digest)
