@@ -55,6 +55,9 @@ LEAST_S, MOST_S = 0.5, 2.0
 LEAST_ANSWERS = 200
 """That are waited for beyond LEAST_S: the 99th of 100 is to be more than the slowest of a few."""
 
+SECOND_RUNS = 6
+"""At most, until the best one has had two: a machine that rests for a moment makes one look good."""
+
 SAMPLES = 8
 LOADED_WITHIN_S = 300.0
 
@@ -169,7 +172,25 @@ def settings(max_batch_size: int, latency_ms: float) -> Iterator[list[Setting]]:
 def search(
     measure: Callable[[Setting], Measured], latency_ms: float, told: Callable[[list[Measured]], None]
 ) -> list[Measured]:
-    """Every setting that is worth a try, measured; `told` is called with those so far after each."""
+    """Every setting that is worth a try, measured; `told` is called with those so far after each.
+
+    The one that would be chosen is measured twice, and the slower run counts.
+    """
+    found = _first_runs(measure, latency_ms, told)
+    twice: set[Setting] = set()
+    while len(twice) < SECOND_RUNS:
+        best = choose(found, latency_ms)
+        setting = Setting(best.max_batch_size, best.batch_wait_timeout_s, best.concurrency)
+        if setting in twice:
+            break
+        twice.add(setting)
+        found[found.index(best)] = min(best, measure(setting), key=lambda one: one.images_per_s)
+    return found
+
+
+def _first_runs(
+    measure: Callable[[Setting], Measured], latency_ms: float, told: Callable[[list[Measured]], None]
+) -> list[Measured]:
     found: list[Measured] = []
     for size in BATCH_SIZES:
         for group in settings(size, latency_ms):

@@ -105,6 +105,22 @@ def test_past_twice_the_budget_neither_more_clients_nor_larger_batches_are_tried
     assert {one.batch_wait_timeout_s for one in every} == {0, 0.002}
 
 
+def test_the_setting_that_is_chosen_was_measured_twice_and_its_slower_run_counts() -> None:
+    runs: list[Setting] = []
+
+    def measure(setting: Setting) -> Measured:
+        runs.append(setting)
+        lucky = setting.max_batch_size in (2, 4) and setting.batch_wait_timeout_s and runs.count(setting) == 1
+        return measured(setting, 9999 if lucky else setting.max_batch_size, 10)
+
+    found = search(measure, 20, lambda found: None)
+    chosen = choose(found, 20)
+    assert (chosen.max_batch_size, chosen.images_per_s) == (64, 64)
+    assert runs.count(Setting(64, 0, 64)) == 2
+    # The four that looked good, and the one that was.
+    assert len(runs) - len(found) == 5
+
+
 def test_clients_ask_again_as_soon_as_they_are_answered() -> None:
     asking: list[int] = []
     most = 0
