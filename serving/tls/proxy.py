@@ -45,6 +45,7 @@ defaults
     # Between two pieces of a body, or before an answer: the endpoint's own deadline comes first.
     timeout client {idle_s}s
     timeout server {idle_s}s
+    retries 1
     option http-no-delay
     http-error status 503 content-type application/json hdr retry-after 1 string '{unreachable}'
 """
@@ -107,7 +108,7 @@ class TlsProxy:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _check(self) -> str | None:
-        checked = subprocess.run([*self._command, "-c", "-q"], capture_output=True, text=True)
+        checked = subprocess.run([*self._command, "-c"], capture_output=True, text=True)
         if checked.returncode == 0:
             return None
         lines = [line.strip() for line in checked.stderr.splitlines() if "[ALERT]" in line]
@@ -115,16 +116,18 @@ class TlsProxy:
 
     def _watch(self) -> None:
         process: subprocess.Popen[bytes] | None = None
-        loaded = seen = self._state()
+        loaded, told = self._state(), None
         while True:
             if process is None or process.poll() is not None:
-                loaded = seen = self._state()
+                loaded = self._state()
                 process = subprocess.Popen([sys.executable, "-I", "-S", "-c", WITH_US, *self._command])
             elif (now := self._state()) != loaded:
-                # A certificate that came before its key is tried again when the key has come.
-                if now != seen and self._renew():
+                fault = self._renew()
+                if fault is None:
                     loaded = now
-                seen = now
+                elif fault != told:
+                    logging.getLogger("ray.serve").warning("the certificate is not renewed: %s", fault)
+                told = fault
             if self._closed.wait(LOOK_S):
                 break
         process.terminate()
@@ -134,24 +137,20 @@ class TlsProxy:
         """What tells whether the files are others than before."""
         return [_identity(self._certificate), _identity(self._key)]
 
-    def _renew(self) -> bool:
-        """Give HAProxy what the files have now, where that can be used."""
-        log = logging.getLogger("ray.serve")
+    def _renew(self) -> str | None:
+        """Give HAProxy what the files have now; the answer is why it cannot be used, as while only one of them is
+        new."""
         try:
-            found = read_pair(self._certificate, self._key)
+            read_pair(self._certificate, self._key)
             name = f"{self._directory}/certificate.pem"
             # An empty line would end what is sent.
             texts = [self._certificate.read_text(), self._key.read_text()]
             pem = "\n".join(line for text in texts for line in text.splitlines() if line.strip())
             self._tell(f"set ssl cert {name} <<\n{pem}\n\n")
             said = self._tell(f"commit ssl cert {name}\n")
-            if "Success" not in said:
-                raise EndpointError(f"HAProxy does not take the new certificate: {' '.join(said.split())}")
         except (OSError, EndpointError) as error:
-            log.warning("the certificate is not renewed: %s", error)
-            return False
-        log.warning("the certificate is renewed, until %s", found.expires)
-        return True
+            return str(error)
+        return None if "Success" in said else f"HAProxy does not take it: {' '.join(said.split())}"
 
     def _tell(self, command: str) -> str:
         with socket.socket(socket.AF_UNIX) as connection:

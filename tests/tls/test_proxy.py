@@ -19,7 +19,7 @@ import pytest
 
 from cluster.session import free_ports
 from serving.tls.certificate import read_pair
-from serving.tls.proxy import TlsProxy, Way
+from serving.tls.proxy import LOOK_S, TlsProxy, Way
 from tests.tls.certificates import Pair, make_pair
 
 Handle = Callable[[BaseHTTPRequestHandler], None]
@@ -75,15 +75,19 @@ def proxied(pair: Pair, target: int) -> Iterator[int]:
         socket.create_connection(("127.0.0.1", port)).close()
 
 
-def await_port(port: int, within_s: float = 10) -> None:
+def eventually(true: Callable[[], bool], within_s: float = 10) -> None:
     deadline = time.monotonic() + within_s
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def await_port(port: int) -> None:
+    def listens() -> bool:
+        with socket.socket() as connection:
+            return connection.connect_ex(("127.0.0.1", port)) == 0
+
+    eventually(listens)
 
 
 def trusting(pair: Pair) -> ssl.SSLContext:
@@ -177,13 +181,10 @@ def test_a_new_certificate_is_taken_without_an_interruption(pair: Pair, tmp_path
         assert serial(port) == pair.serial
         os.replace(new.certificate, pair.certificate)
         # Until its key has come, too, the old one is shown.
-        time.sleep(2.5)
+        time.sleep(2 * LOOK_S)
         assert serial(port) == pair.serial
         os.replace(new.key, pair.key)
-        deadline = time.monotonic() + 10
-        while serial(port) != new.serial:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        eventually(lambda: serial(port) == new.serial)
         connection.request("GET", "/")
         assert connection.getresponse().read() == b"ok"
         connection.close()
@@ -212,38 +213,29 @@ threading.Event().wait()
     with subprocess.Popen([sys.executable, "-c", program]) as process:
         try:
             await_port(port)
-            first = haproxy_of(process.pid)
+            first, command = haproxy_of(process.pid)
             os.kill(first, signal.SIGKILL)
-            deadline = time.monotonic() + 10
-            while (second := haproxy_of(process.pid)) in (first, 0):
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            eventually(lambda: haproxy_of(process.pid)[0] not in (first, 0))
             await_port(port)
             assert serial(port) == pair.serial
+            second, _ = haproxy_of(process.pid)
         finally:
             # As Ray ends an actor: nothing of ours gets a chance to clean up.
             process.kill()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{second}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    directory = Path(configuration_of[second]).parent
+    eventually(lambda: not Path(f"/proc/{second}").exists())
+    directory = Path(command[command.index("-f") + 1]).parent
     assert directory.name.startswith("helio-tls-")
     shutil.rmtree(directory)
 
 
-configuration_of: dict[int, str] = {}
-
-
-def haproxy_of(parent: int) -> int:
-    """The pid of a process's HAProxy, 0 where it has none."""
+def haproxy_of(parent: int) -> tuple[int, list[str]]:
+    """The pid and the command of a process's HAProxy, 0 where it has none."""
     for child in Path(f"/proc/{parent}/task/").glob("*/children"):
         for pid in map(int, child.read_text().split()):
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             if words[0].endswith("haproxy") and "-c" not in words:
-                configuration_of[pid] = words[words.index("-f") + 1]
-                return pid
-    return 0
+                return pid, words
+    return 0, []
 
 
 def test_what_haproxy_does_not_take_is_told(pair: Pair) -> None:
