@@ -43,15 +43,15 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     Raises EndpointError when the port is taken or the model does not come up, CheckpointError when the bundle is not
     the registered one.
     """
-    certificate = find_certificate(profile)
-    if certificate is None:
+    if profile.tls is None:
         with _plain_endpoint(profile, config, version) as url:
             yield url
         return
     _check_place(profile, config)
-    with https(profile, config) as behind, _plain_endpoint(profile, behind, version):
+    own = trust(profile)
+    with https(profile, profile.tls, config) as behind, _plain_endpoint(profile, behind, version):
         url = _url(profile, config, "https")
-        _wait_until_ready(url, certificate.trust())
+        _wait_until_ready(url, own)
         yield url
 
 

@@ -1,14 +1,15 @@
 """HTTPS in front of an endpoint, as the profile says: what Ray Serve then listens on, and what clients are told."""
 
+import contextlib
 import ssl
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
 from cluster.errors import EndpointError
-from cluster.profile import Profile
+from cluster.profile import Profile, TlsFiles
 from cluster.session import HEAD, free_ports
 from serving.config import ServeConfig
 from serving.tls.certificate import Certificate, read_pair
@@ -22,7 +23,7 @@ def find_certificate(profile: Profile) -> Certificate | None:
     """The profile's certificate, read where the proxy runs. Raises EndpointError, one line, where it cannot be used."""
     if profile.tls is None:
         return None
-    found = _on_head(profile, _look, profile)
+    found = _on_head(profile, _look, profile.tls.certificate_path, profile.tls.key_path)
     if isinstance(found, str):
         raise EndpointError(found)
     return found
@@ -48,13 +49,12 @@ def notice(profile: Profile, config: ServeConfig) -> str | None:
     return None
 
 
-@contextmanager
-def https(profile: Profile, config: ServeConfig) -> Iterator[ServeConfig]:
-    """HTTPS at `config`'s ports for the length of the block; yields where Ray Serve is to listen instead.
+@contextlib.contextmanager
+def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[ServeConfig]:
+    """HTTPS by `files` at `config`'s ports for the length of the block; yields where Ray Serve is to listen instead.
 
     On this machine that is a loopback address. On a cluster the replicas of other nodes must be reached.
     """
-    assert profile.tls is not None
     port, grpc_port = _on_head(profile, free_ports, 2)
     behind = config.model_copy(
         update={
@@ -72,8 +72,8 @@ def https(profile: Profile, config: ServeConfig) -> Iterator[ServeConfig]:
         ray.remote(TlsProxy)
         .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
         .remote(
-            profile.tls.certificate_path,
-            profile.tls.key_path,
+            files.certificate_path,
+            files.key_path,
             Way(_place(config.host, config.port), _place(host, port)),
             grpc,
             config.request_timeout_s,
@@ -85,14 +85,15 @@ def https(profile: Profile, config: ServeConfig) -> Iterator[ServeConfig]:
             raise EndpointError(fault)
         yield behind
     finally:
-        ray.get(proxy.close.remote())
+        # HAProxy ends with the actor's process, too, where that does not answer.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(proxy.close.remote(), timeout=10)
         ray.kill(proxy)
 
 
-def _look(profile: Profile) -> Certificate | str:
-    assert profile.tls is not None
+def _look(certificate: Path, key: Path) -> Certificate | str:
     try:
-        return read_pair(profile.tls.certificate_path, profile.tls.key_path)
+        return read_pair(certificate, key)
     except EndpointError as error:
         return str(error)
 

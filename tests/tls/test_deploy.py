@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import ray
 import requests
 
 from cluster.errors import EndpointError
-from cluster.profile import Profile, load_profile
+from cluster.profile import Profile, TlsFiles, load_profile
 from cluster.progress import RunProgress
 from cluster.session import free_ports
 from jobs.registry import ModelVersion
@@ -26,7 +27,7 @@ from serving.client import Client
 from serving.config import ServeConfig
 from serving.deploy import endpoint
 from serving.open_inference_grpc import SERVICE
-from serving.tls.front import trust
+from serving.tls.front import https, trust
 from tests.serving.conftest import CLASSES, Direct, picture
 from tests.tls.certificates import Pair, make_pair
 
@@ -112,6 +113,30 @@ def test_the_command_line_trusts_a_private_ca(secure: Secure, tmp_path: Path) ->
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "is not trusted" in refused.stderr and "SSL_CERT_FILE" in refused.stderr
+
+
+def test_on_a_cluster_the_files_are_those_of_its_head_node(ray_cluster: None, tmp_path: Path) -> None:
+    pair, port = make_pair(tmp_path), free_ports(1)[0]
+    files = TlsFiles(certificate=str(pair.certificate), key=str(pair.key))
+    cluster = load_profile("local").model_copy(update={"address": "the session's", "tls": files})
+    config = ServeConfig(host="0.0.0.0", port=port)
+    with https(cluster, files, config) as behind:
+        # Replicas of other nodes must be reached, and keys are wanted as before.
+        assert (behind.host, behind.wants_keys) == ("0.0.0.0", True)
+        assert behind.port != port
+        url, deadline = f"https://127.0.0.1:{port}", time.monotonic() + 10
+        while True:
+            try:
+                answer = requests.get(url, verify=str(pair.certificate), timeout=10)
+                break
+            except requests.exceptions.ConnectionError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert trust(cluster) is not None
+    pair.key.unlink()
+    with pytest.raises(EndpointError, match=r"^profile.tls.key \S+/key.pem cannot be read: No such file"):
+        trust(cluster)
 
 
 def test_grpc_goes_over_tls_too(secure: Secure) -> None:
