@@ -60,14 +60,8 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._batcher = Batcher(
-            self._loaded.predict_pixels,
-            (self.size, self.size, 3),
-            max_batch_size,
-            wait_s,
-            lambda size: self.arm.batch(size),
-            turn,
-        )
+        self._turn = turn
+        self._batcher = self._batches_of(max_batch_size, wait_s)
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
         self.users = 0
@@ -80,6 +74,21 @@ class Served:
         self.shadow: Arm = metrics.arm("shadow", version)
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
+
+    def batch_by(self, max_batch_size: int, wait_s: float) -> None:
+        """Gather images into other batches from now on; what waits is answered first."""
+        self._batcher.close()
+        self._batcher = self._batches_of(max_batch_size, wait_s)
+
+    def _batches_of(self, max_batch_size: int, wait_s: float) -> Batcher:
+        return Batcher(
+            self._loaded.predict_pixels,
+            (self.size, self.size, 3),
+            max_batch_size,
+            wait_s,
+            lambda size: self.arm.batch(size),
+            self._turn,
+        )
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
