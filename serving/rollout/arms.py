@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from serving.served import Role, Served
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
+POLITE_S = 0.0005
+"""How long a thread that loads a version may keep the interpreter from those that answer."""
 RETIRED_S = 0.2
 """How often a version that has left is looked at for requests that it still answers."""
 
@@ -85,7 +88,7 @@ class Arms:
                 candidate.arm.unloaded()
                 self._champion, self._candidate = candidate, None
             else:
-                self._champion = await asyncio.to_thread(self._load, Version(**view["champion"]))
+                self._champion = await asyncio.to_thread(self._loaded, Version(**view["champion"]))
             self._champion.play("champion", self._metrics)
         elif candidate is not None and not _same(candidate, view["candidate"]):
             self._candidate = None
@@ -172,9 +175,19 @@ class Arms:
             if served is not None:
                 served.close()
 
+    def _loaded(self, version: Version) -> Served:
+        """A version, loaded while others answer."""
+        before = sys.getswitchinterval()
+        # Loading is mostly Python, and a request takes the interpreter some ten times: 5 ms each would be its p99.
+        sys.setswitchinterval(POLITE_S)
+        try:
+            return self._load(version)
+        finally:
+            sys.setswitchinterval(before)
+
     def _hold(self, version: Version) -> None:
         try:
-            candidate = self._load(version)
+            candidate = self._loaded(version)
         except Exception as error:
             # Whatever it is: a candidate that cannot be loaded takes no request.
             logger.exception("version %s cannot be loaded", version.version)
