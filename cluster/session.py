@@ -19,6 +19,8 @@ SERVE_PORTS = (
 )
 """Ports that Ray Serve opens beside the endpoint's, by default the same for every Serve on a machine."""
 
+HEAD = "node:__internal_head__"
+"""Ray's resource of the node whose proxy takes the requests."""
 
 T = TypeVar("T")
 

@@ -1,10 +1,12 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -27,6 +29,10 @@ INLINE_BYTES = 4 * INLINE_PIXELS
 """Files up to this are looked at where they arrive. Of a larger one the structure alone can take a second to follow."""
 LEAVE_S = 0.2
 """How often a version that leaves is looked at for requests that it still answers."""
+POLITE_S = 0.0005
+"""How long a thread that loads a version may keep the interpreter from those that answer."""
+_LOADING = threading.Lock()
+"""One is loaded at a time."""
 
 T = TypeVar("T")
 
@@ -62,14 +68,8 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._batcher = Batcher(
-            self._loaded.predict_pixels,
-            (self.size, self.size, 3),
-            max_batch_size,
-            wait_s,
-            lambda size: self.arm.batch(size),
-            turn,
-        )
+        self._turn = turn
+        self._batcher = self._batches_of(max_batch_size, wait_s)
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
         self.users = 0
@@ -82,6 +82,21 @@ class Served:
         self.shadow: Arm = metrics.arm("shadow", version, self.version.model)
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
+
+    def batch_by(self, max_batch_size: int, wait_s: float) -> None:
+        """Gather images into other batches from now on; what waits is answered first."""
+        self._batcher.close()
+        self._batcher = self._batches_of(max_batch_size, wait_s)
+
+    def _batches_of(self, max_batch_size: int, wait_s: float) -> Batcher:
+        return Batcher(
+            self._loaded.predict_pixels,
+            (self.size, self.size, 3),
+            max_batch_size,
+            wait_s,
+            lambda size: self.arm.batch(size),
+            self._turn,
+        )
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
@@ -156,6 +171,19 @@ class Served:
     def waiting(self) -> int:
         """Images that no batch has taken yet."""
         return self._batcher.waiting
+
+
+@contextmanager
+def politely() -> Iterator[None]:
+    """Load a version while others answer."""
+    # Loading is mostly Python, and a request takes the interpreter some ten times: 5 ms each would be its p99.
+    with _LOADING:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(POLITE_S)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(before)
 
 
 def top(scores: NDArray[np.float32], count: int) -> Sequence[int]:

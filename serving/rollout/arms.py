@@ -11,7 +11,7 @@ from serving.metrics.replica import Metrics
 from serving.rollout.director import Told
 from serving.rollout.split import takes_candidate
 from serving.rollout.state import CALIBRATION, Version, View
-from serving.served import Role, Served
+from serving.served import Role, Served, politely
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
@@ -83,7 +83,7 @@ class Arms:
                 candidate.arm.unloaded()
                 self._champion, self._candidate = candidate, None
             else:
-                self._champion = await asyncio.to_thread(self._load, Version(**view["champion"]))
+                self._champion = await asyncio.to_thread(self._loaded, Version(**view["champion"]))
             self._champion.play("champion", self._metrics)
         elif candidate is not None and not _same(candidate, view["candidate"]):
             self._candidate = None
@@ -122,18 +122,22 @@ class Arms:
         self._comparing += 1
         self._keep(counted())
 
-    def count(self, stage: str, role: Role, took_s: float | None) -> None:
-        """A request that `role` has answered, in so long; None where it has failed by its own doing."""
+    def count(self, stage: str, role: Role, batch_s: float | None = None, failed: bool = False) -> None:
+        """A request that `role` has answered, or failed at by its own doing.
+
+        `batch_s` is told by one request of each batch, as all of a batch take the same time: the test of what is slow
+        takes each for independent of the others. The time in the queue is that of both versions.
+        """
         view, seen = self._view, self._seen
         if not self.is_watching or stage != view["stage"]:
             return
-        seen.count(role, "error", took_s is None)
-        if took_s is None:
+        seen.count(role, "error", failed)
+        if batch_s is None:
             return
         if view["slow_s"] is not None:
-            seen.count(role, "slow", took_s > view["slow_s"])
+            seen.count(role, "slow", batch_s > view["slow_s"])
         elif role == "champion" and len(seen.latencies_s) < CALIBRATION:
-            seen.latencies_s.append(took_s)
+            seen.latencies_s.append(batch_s)
 
     def agree(self, stage: str, agrees: bool) -> None:
         """Champion and candidate have answered the same image."""
@@ -166,9 +170,13 @@ class Arms:
             if served is not None:
                 served.close()
 
+    def _loaded(self, version: Version) -> Served:
+        with politely():
+            return self._load(version)
+
     def _hold(self, version: Version) -> None:
         try:
-            candidate = self._load(version)
+            candidate = self._loaded(version)
         except Exception as error:
             # Whatever it is: a candidate that cannot be loaded takes no request.
             logger.exception("version %s cannot be loaded", version.version)

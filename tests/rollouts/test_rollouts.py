@@ -51,7 +51,7 @@ def serving(stage: Stage) -> str:
     ("kind", "reason"),
     [
         ("failing", "more requests fail than of the champion by over 2 %"),
-        ("slow", "more requests are slow than of the champion by over 10 %"),
+        ("slow", "more batches are slow than of the champion by over 10 %"),
         ("shuffled", "the candidate disagrees with the champion on more than 25 % of images"),
     ],
 )
