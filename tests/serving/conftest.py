@@ -41,8 +41,7 @@ LIMITS = {
     "request_timeout_s": 8.0,
     "top_k": 3,
     "check_images": 6,
-    "models": "[birds,unregistered]",
-    "models_in_memory": 1,
+    "models": "[birds]",
 }
 """A serve section so tight that a test reaches each limit."""
 
