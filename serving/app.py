@@ -4,6 +4,7 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 """
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -60,6 +61,9 @@ class Predictor(InferenceService):
         import cv2
 
         set_up_tensorflow(threads, gpus)
+        # All that TensorFlow consists of stays for good. A collection of garbage, as when a model leaves, that looked at
+        # it again would hold requests up for hundreds of milliseconds rather than some ten.
+        gc.freeze()
         cv2.setNumThreads(1)
         self._config = ServeConfig(**config)
         self._replica = serve.get_replica_context().replica_id.unique_id
