@@ -61,7 +61,7 @@ class Predictor(InferenceService):
         import cv2
 
         set_up_tensorflow(threads, gpus)
-        # All that TensorFlow consists of stays for good. A collection of garbage, as when a model leaves, that looked at
+        # What TensorFlow consists of stays for good. A collection of garbage, as when a model leaves, that looked at
         # it again would hold requests up for hundreds of milliseconds rather than some ten.
         gc.freeze()
         cv2.setNumThreads(1)
