@@ -84,6 +84,12 @@ class Shelf:
             served.close()
 
     async def _follow(self) -> None:
+        # The first question to a registry takes seconds, which no request is to wait for.
+        for name in self.names:
+            try:
+                await self._champion(name)
+            except Refusal as error:
+                logger.warning("%s", error)
         while True:
             await asyncio.sleep(FOLLOW_S)
             for name in [name for name in self._held if self._rests_s(name) <= 0]:
