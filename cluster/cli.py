@@ -99,6 +99,7 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
     command.add_argument("--key-file", metavar="FILE", help="file with the API key (default: $HELIO_API_KEY)")
     command.add_argument("--top-k", type=int, metavar="N", help="print the N most probable classes (default: 1)")
+    command.add_argument("--model", metavar="NAME", help="one of the endpoint's serve.models (default: its own)")
     command.add_argument("--heat-map", metavar="DIR", help="draw there what the model looked at, a PNG a FILE")
     command.add_argument("--data", metavar="SOURCE", help="an image source, or the directory of an ingested data set")
     command.add_argument("--output", metavar="URI", help="directory of the results; what is there is not done again")
@@ -267,6 +268,7 @@ def _predict(arguments: argparse.Namespace, output: "Output") -> int:
         arguments.top_k,
         arguments.heat_map,
         arguments.key_file,
+        arguments.model,
     )
     return code
 
@@ -279,7 +281,7 @@ def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
     files = [word for word in arguments.files if not re.match(r"[\w.]+=", word)]
     if files:
         raise HelioError(f"helio predict takes image files or --data SOURCE, not both: got {files[0]} too")
-    for name in ("endpoint", "key_file", "top_k", "heat_map"):
+    for name in ("endpoint", "key_file", "top_k", "heat_map", "model"):
         if getattr(arguments, name) is not None:
             option = name.replace("_", "-")
             raise HelioError(f"--{option} is of helio predict FILE: --data is labelled without an endpoint")

@@ -90,6 +90,8 @@ class Ask:
     """What came behind `Authorization: Bearer `, None where nothing did."""
     scope: str
     images: int = 0
+    counts: bool = True
+    """Whether it uses anything; else it only asks whether it would get in."""
 
     def __post_init__(self) -> None:
         if self.images < 0:
@@ -152,9 +154,10 @@ class Account:
         if key.rate and self.tokens < 1 - TOLERANCE:
             wait_s = (1 - self.tokens) / key.rate.per_s
             return self._refuse(now, 429, "rate_limited", f"may send {key.rate}: wait {wait_s:.3g} s", wait_s)
-        self.used += ask.images
-        self.tokens -= 1 if key.rate else 0
-        self.changed = True
+        if ask.counts:
+            self.used += ask.images
+            self.tokens -= 1 if key.rate else 0
+            self.changed = True
         return Admission(True, 200, "granted", "", now, None, key.id, key.name, self.remaining)
 
     def _refuse(
@@ -183,6 +186,12 @@ def decide(ask: Ask, account: Account | None, now: float) -> Admission:
     if account is None or not right:
         return Admission(False, 401, "unknown_key", f"the endpoint does not know this key: {_SEND}, all of it", now)
     return account.decide(ask, now)
+
+
+def secret_of(authorization: str) -> str | None:
+    """The secret in the header of that name."""
+    kind, _, secret = authorization.partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else None
 
 
 def digest_of(secret: str) -> bytes:

@@ -13,11 +13,12 @@ from serving.batching import Answer
 from serving.config import ServeConfig
 from serving.metrics.families import NO_ARM
 from serving.metrics.replica import Metrics
+from serving.models import Shelf
 from serving.records.log import DRAIN_S, PredictionLog, Record
 from serving.records.lookup import Lookup
 from serving.rollout.arms import Arms
 from serving.served import Role, Served, top
-from serving.upload import Refusal, is_open_inference
+from serving.upload import Refusal, is_open_inference, shown
 
 JUDGED = 100_000
 """Labelled answers that are counted in one replica."""
@@ -50,7 +51,7 @@ class Inquiry:
     """The version that answers."""
     role: Role = "champion"
     stage: str = ""
-    """That of the roll-out when the version was chosen."""
+    """That of the roll-out when the version was chosen; empty for another model, which takes no part in it."""
     failed: Served | None = None
     """A candidate that could not answer; the champion did."""
     held: list[Served] = field(default_factory=list)
@@ -73,7 +74,7 @@ class Inquiry:
 
 
 class Answering:
-    """Answers images by the versions that a replica holds."""
+    """Answers images by the versions that a replica holds, and by those of other models."""
 
     def __init__(
         self,
@@ -82,28 +83,50 @@ class Answering:
         metrics: Metrics,
         log: PredictionLog,
         find: Callable[[str], Lookup],
+        shelf: Shelf | None = None,
     ) -> None:
-        """`find` gives what was predicted for a request id."""
-        self.arms, self._config, self._log, self._find = arms, config, log, find
+        """`find` gives what was predicted for a request id; `shelf` has the other models, where there are any."""
+        self.arms, self._config, self._log, self._find, self._shelf = arms, config, log, find, shelf
         self._judged: set[tuple[str, int]] = set()
         self._nobody = metrics.arm(NO_ARM)
 
     @property
-    def labels(self) -> int:
-        """How many labels an answer has where no number is asked for."""
-        return min(self._config.top_k, len(self.arms.champion.classes))
+    def names(self) -> list[str]:
+        """The models that answer, the endpoint's own first."""
+        return [self.arms.champion.version.model, *(self._shelf.names if self._shelf else ())]
 
-    def choose(self, inquiry: Inquiry, version: str = "") -> Served:
-        """The version that answers; the one that was asked for, where it may."""
-        served = self.arms.choose(inquiry.asker or inquiry.request_id, version)
-        self.begin(inquiry, served)
+    def shelf(self, model: str) -> Shelf | None:
+        """Where a model is that a request names; None for the endpoint's own, or no name. Raises Refusal."""
+        if model in ("", self.names[0]):
+            return None
+        if self._shelf is None or model not in self._shelf.names:
+            raise Refusal(404, "not_found", f"there is no model {shown(model)} here: ask for {' or '.join(self.names)}")
+        return self._shelf
+
+    def labels(self, served: Served) -> int:
+        """How many labels an answer has where no number is asked for."""
+        return min(self._config.top_k, len(served.classes))
+
+    async def champion(self, model: str) -> Served:
+        """What answers for a model where nothing else is said. Raises Refusal."""
+        shelf = self.shelf(model)
+        return await shelf.get(model) if shelf else self.arms.champion
+
+    async def choose(self, inquiry: Inquiry, model: str, version: str = "") -> Served:
+        """The version of a model that answers; the one that was asked for, where it may. Raises Refusal."""
+        shelf = self.shelf(model)
+        if shelf:
+            served = await shelf.get(model)
+        else:
+            served = self.arms.choose(inquiry.asker or inquiry.request_id, version)
+        self.begin(inquiry, served, "" if shelf else self.arms.stage)
         return served
 
-    def begin(self, inquiry: Inquiry, served: Served) -> None:
+    def begin(self, inquiry: Inquiry, served: Served, stage: str) -> None:
         """This version answers."""
         served.users += 1
         inquiry.held.append(served)
-        inquiry.served, inquiry.role, inquiry.stage = served, served.role, self.arms.stage
+        inquiry.served, inquiry.role, inquiry.stage = served, served.role, stage
 
     async def reliably(self, inquiry: Inquiry, work: Callable[[Served], Awaitable[T]]) -> T:
         """The result of `work` with the chosen version or, where that is a candidate which fails, with the champion."""
@@ -121,7 +144,7 @@ class Answering:
             logger.exception("candidate %s failed on request %s", served.version.version, inquiry.request_id)
         served.arm.error("internal")
         inquiry.failed = served
-        self.begin(inquiry, self.arms.champion)
+        self.begin(inquiry, self.arms.champion, self.arms.stage)
         return await work(self.arms.champion)
 
     async def ask(
@@ -138,7 +161,7 @@ class Answering:
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
         stages["total"] = time.perf_counter() - inquiry.began
         self._record(inquiry, served, place, role, answer, stages, image, size)
-        other = self.arms.other(role) if place == 0 else None
+        other = self.arms.other(role) if place == 0 and stage else None
         if other is not None:
             self.arms.compare(self._compare(other, image, pixels, stage, inquiry, served.label(answer)))
         return answer
@@ -159,7 +182,7 @@ class Answering:
             if rows:
                 break
         for row in rows:
-            if row["at"].timestamp() >= self.arms.started:
+            if row["model"] == self.names[0] and row["at"].timestamp() >= self.arms.started:
                 self.arms.judge(row["digest"], row["label"] != label)
 
     def finish(self, inquiry: Inquiry, status: int) -> None:
@@ -231,7 +254,7 @@ class Answering:
         image: bytes | Pixels,
         size: tuple[int, int],
     ) -> None:
-        best = top(answer.probabilities, self.labels)
+        best = top(answer.probabilities, self.labels(served))
         self._log.add(
             Record(
                 inquiry.request_id,

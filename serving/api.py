@@ -3,7 +3,7 @@
     POST /v1/predict   one image: the multipart field `file`, the bytes as the body, or JSON {"image": base64}; several:
                        repeated fields, or JSON {"images": [base64, ...]}, answered together or, with
                        `Accept: application/x-ndjson`, a line each as soon as it is ready
-                       ?top_k=5&probabilities=true&embedding=true&heat_map=true
+                       ?top_k=5&probabilities=true&embedding=true&heat_map=true&model=NAME
     POST /v1/feedback  {"request_id", "label", "image": 0, "comment"}: stored before it is answered
     GET  /v1/model     what answers: name, version, digest, classes, image size
     GET  /v1/status    the model, its replicas and what they have answered
@@ -16,6 +16,7 @@
     GET  /readyz       the model is loaded and warm
     GET  /             a page for people, see serving.page
 
+`model` names one of `serve.models`, in a correction and of /v1/model too; without it the endpoint's own model answers.
 Where keys are on, all but the last three want one with the scope of SCOPE_OF.
 """
 
@@ -34,19 +35,18 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import HelioError
-from serving.admission import Ask
+from serving.admission import Ask, secret_of
 from serving.answering import Answering, Inquiry
 from serving.config import ServeConfig
 from serving.correction import read_correction
 from serving.link import Link
 from serving.metrics.replica import Metrics
+from serving.models import Shelf
 from serving.open_inference import OpenInference
-from serving.open_inference_grpc import Context
-from serving.open_inference_model import V2Call, V2Model
+from serving.open_inference_model import V2Model, V2Models
 from serving.openapi import Contract
 from serving.page import page_files
 from serving.records.feedback import Feedback
-from serving.records.identity import new_request_id
 from serving.records.log import PredictionLog
 from serving.records.lookup import Lookup
 from serving.rollout.arms import Arms
@@ -94,9 +94,11 @@ Handler = Callable[[Request, Inquiry], Awaitable[Response]]
 class Api:
     """Answers requests with a served model. It is the ASGI application of a replica."""
 
-    def __init__(self, arms: Arms, config: ServeConfig, desk: Desk) -> None:
+    def __init__(self, arms: Arms, config: ServeConfig, desk: Desk, shelf: Shelf | None = None) -> None:
+        """`shelf` has the other models, where there are any."""
         self.arms, self._config, self._desk = arms, config, desk
-        self.answering = Answering(arms, config, desk.metrics, desk.log, desk.find)
+        self.answering = Answering(arms, config, desk.metrics, desk.log, desk.find, shelf)
+        self.v2 = V2Models(self)
         self._page = page_files()
         self.ongoing = 0
         self.routes: dict[str, dict[str, Handler]] = {
@@ -139,7 +141,8 @@ class Api:
         if told.admission is None:
             await self.admit(told, len(upload.images))
         told.images = len(upload.images)
-        options = self._options(request.query_params, self.answering.choose(told))
+        query = request.query_params
+        options = self._options(query, await self.answering.choose(told, query.get("model", "")))
         if upload.many and LINES in request.headers.get("accept", ""):
             return StreamingResponse(self._lines(upload.images, options, told), media_type=LINES)
 
@@ -155,27 +158,11 @@ class Api:
 
     async def open_inference(self, request: Request, told: Inquiry) -> Response:
         """See serving.open_inference."""
-
-        async def model(request: Request, version: str) -> V2Model:
-            if request.method == "GET" or told.secret is None:
-                await self.admit(told, 0)
-            return V2Model(self, told, version)
-
-        return await OpenInference(model, self._config.max_images).respond(request)
-
-    async def call(self, context: Context, version: str, infers: bool) -> V2Model:
-        """The same for a call over gRPC."""
-        given = dict(context.invocation_metadata())
-        told = Inquiry(
-            time.perf_counter(),
-            "/v2/models/{name}/infer",
-            new_request_id(),
-            _secret(given.get("authorization", "")),
-            given.get("x-user"),
-        )
-        if not infers:
-            await self.admit(told, 0)
-        return V2Call(self, told, version)
+        return await OpenInference(
+            lambda request, name, version: self.v2.model(V2Model, told, name, version, request.method == "POST"),
+            lambda request, name, version: self.v2.named(told, name, version),
+            self._config.max_images,
+        ).respond(request)
 
     async def correct(self, request: Request, told: Inquiry) -> Response:
         """Store what an image of an answered request really shows."""
@@ -183,7 +170,7 @@ class Api:
         require_plain(request)
         given = read_correction(await request.body())
         who = told.admission.key_id if told.admission else told.who
-        classes = self.arms.champion.classes
+        classes = (await self.answering.champion(request.query_params.get("model", ""))).classes
         try:
             await asyncio.to_thread(
                 self._desk.feedback.add, given.request_id, given.label, classes, given.image, given.comment, who
@@ -196,7 +183,7 @@ class Api:
     async def describe(self, request: Request, told: Inquiry) -> Response:
         """What answers."""
         await self.admit(told, 0)
-        served = self.arms.champion
+        served = await self.answering.champion(request.query_params.get("model", ""))
         return JSONResponse({**served.identity, "classes": served.classes, "image_size": served.size})
 
     async def status(self, request: Request, told: Inquiry) -> Response:
@@ -240,9 +227,10 @@ class Api:
             served.version.version,
             served.classes,
             served.size,
-            self.answering.labels,
+            self.answering.labels(served),
             config.max_images,
             self._desk.keys,
+            self.answering.names[1:],
         )
         return JSONResponse(contract.document())
 
@@ -298,14 +286,17 @@ class Api:
         if refusal.status >= 500 and told.admission is not None:
             await self._desk.link.refund(told.admission, told.images)
 
-    async def admit(self, told: Inquiry, images: int, scope: str | None = None) -> None:
-        """Raises Refusal for who may not ask. The scope is that of the route unless told."""
+    async def admit(self, told: Inquiry, images: int, scope: str | None = None, counts: bool = True) -> None:
+        """Raises Refusal for who may not ask. The scope is that of the route unless told. What does not count is still
+        to be admitted."""
         if not self._desk.keys:
             return
-        found = await self._desk.link.admit(Ask(told.secret, scope or SCOPE_OF.get(told.route, "predict"), images))
+        ask = Ask(told.secret, scope or SCOPE_OF.get(told.route, "predict"), images, counts)
+        found = await self._desk.link.admit(ask)
         if not found.granted:
             raise Refusal(found.status, found.code, found.message, found.retry_after_s)
-        told.admission, told.images = found, images
+        if counts:
+            told.admission, told.images = found, images
 
     async def _answer(
         self, image: bytes, place: int, options: Options, told: Inquiry, served: Served
@@ -353,7 +344,7 @@ class Api:
         """Raises Refusal for what no request may ask of this version."""
         most = len(served.classes)
         flags = {name: _switch(name, query[name]) for name in FLAGS if name in query}
-        asked = query.get("top_k", str(self.answering.labels))
+        asked = query.get("top_k", str(self.answering.labels(served)))
         if not asked.isdecimal() or len(asked) > 9 or not 1 <= int(asked) <= most:
             raise Refusal(400, "bad_request", f"top_k must be a whole number from 1 to {most}, the number of classes")
         options = Options(top_k=int(asked), **flags)
@@ -367,7 +358,7 @@ def _told(request: Request) -> Inquiry:
         time.perf_counter(),
         _VARIABLE.sub(_template, request.scope["path"]),
         headers.get("x-request-id", ""),
-        _secret(headers.get("authorization", "")),
+        secret_of(headers.get("authorization", "")),
         headers.get("x-user"),
     )
 
@@ -386,11 +377,6 @@ def _template(found: re.Match[str]) -> str:
     if found[0].startswith("/page/"):
         return "/page/{file}"
     return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")
-
-
-def _secret(authorization: str) -> str | None:
-    kind, _, secret = authorization.partition(" ")
-    return secret.strip() if kind.lower() == "bearer" else None
 
 
 def _switch(name: str, text: str) -> bool:

@@ -4,6 +4,7 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 """
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,6 +24,7 @@ from serving.gate import replica_environment
 from serving.link import Link
 from serving.metrics.families import Snapshot
 from serving.metrics.replica import Metrics
+from serving.models import Shelf
 from serving.open_inference_grpc import InferenceService
 from serving.records.feedback import Feedback
 from serving.records.hours import record_directory
@@ -46,8 +48,8 @@ RETRY_AFTER_S = 1.0
 
 
 class Predictor(InferenceService):
-    """One replica: a bundle in memory, during a roll-out two. It takes requests only after every batch size has run
-    once.
+    """One replica: a bundle in memory, during a roll-out two, and those of other models that are asked for. It takes
+    requests only after every batch size has run once.
 
     `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
     actor that all replicas share.
@@ -59,21 +61,28 @@ class Predictor(InferenceService):
         import cv2
 
         set_up_tensorflow(threads, gpus)
+        # What TensorFlow consists of stays for good. A collection of garbage, as when a model leaves, that looked at
+        # it again would hold requests up for hundreds of milliseconds rather than some ten.
+        gc.freeze()
         cv2.setNumThreads(1)
         self._config = ServeConfig(**config)
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
         decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
 
-        def load(version: Version) -> Served:
-            found = ModelVersion(model, version.version, Path(version.bundle), version.digest)
+        def load(found: ModelVersion) -> Served:
             return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
 
+        def load_own(version: Version) -> Served:
+            return load(ModelVersion(model, version.version, Path(version.bundle), version.digest))
+
         # A replica that starts late may find another champion than the endpoint began with, and a candidate.
-        self._arms = Arms(load, self._metrics, ray.get(control.follow.remote(None), timeout=CONTROL_S))
+        self._arms = Arms(load_own, self._metrics, ray.get(control.follow.remote(None), timeout=CONTROL_S))
         records = record_directory(Path(storage), model)
         self._log = PredictionLog(records, self._replica, self._config.records)
         self._link = Link(control, self._replica, self._snapshot, self._arms)
+        others = [name for name in dict.fromkeys(self._config.models) if name != model]
+        self._shelf = Shelf(others, self._config.models_in_memory, load, self._link.champion, self._metrics)
         desk = Desk(
             self._link,
             self._metrics,
@@ -82,13 +91,16 @@ class Predictor(InferenceService):
             partial(find_predictions, Path(storage)),
             self._config.wants_keys,
         )
-        self._api = Api(self._arms, self._config, desk)
+        self._api = Api(self._arms, self._config, desk, self._shelf)
         # A replica listens for calls on every address, also where the endpoint is at a loopback one.
-        super().__init__(self._api.call, self._config.max_images, local_only=self._config.is_local)
+        super().__init__(
+            self._api.v2.call, self._api.v2.call_named, self._config.max_images, local_only=self._config.is_local
+        )
 
     def __serve_build_asgi_app__(self) -> Api:
         """Called by Serve once the constructor has returned."""
         self._link.start()
+        self._shelf.start()
         return self._api
 
     async def check_health(self) -> None:
@@ -98,11 +110,12 @@ class Predictor(InferenceService):
     async def __del__(self) -> None:
         """Called by Serve once the last request has been answered."""
         self._arms.close()
+        self._shelf.close()
         await asyncio.to_thread(self._log.close)
         await self._link.stop()
 
     def _snapshot(self) -> Snapshot:
-        return self._metrics.snapshot(self._arms.waiting, self._api.ongoing, self._log.dropped)
+        return self._metrics.snapshot(self._arms.waiting + self._shelf.waiting, self._api.ongoing, self._log.dropped)
 
 
 def build_application(config: ServeConfig, model: str, profile: Profile, control: Any) -> serve.Application:

@@ -18,6 +18,11 @@ class ServeConfig(Section):
     """Whether requests want an API key (`helio keys create`). auto: only where `host` is not this machine's own."""
     records: RecordConfig = RecordConfig()
     rollout: RolloutConfig = RolloutConfig()
+    models: list[str] = []
+    """Other models of the registry that the endpoint answers for beside its own, each by its champion."""
+    models_in_memory: int = Field(default=2, ge=1)
+    """How many of them a replica keeps loaded; each is loaded when it is asked for, and the one used least recently
+    leaves."""
     host: str = "127.0.0.1"
     """Address to bind; `0.0.0.0` opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)

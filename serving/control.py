@@ -34,6 +34,8 @@ HEARD_WITHIN_S = 3.0
 """All replicas that live have told their counts after so long."""
 FOLLOW_S = 20.0
 """How long a replica is kept waiting that asks for something new to do."""
+CHAMPIONS_S = 1.0
+"""How long what the registry has said of another model's champion holds: all replicas ask."""
 ALIAS_AGAIN_S = 10.0
 """When a registry is asked again that did not take the new champion."""
 NAME = "helio-control"
@@ -54,6 +56,7 @@ class Control:
         self._changed = asyncio.Event()
         self._naming: asyncio.Task[None] | None = None
         self._named: str | None = None
+        self._champions: dict[str, tuple[float, asyncio.Task[ModelVersion | None]]] = {}
         self._counts = database.with_name("counts.json")
         self._merged = Merged(self._earlier())
         self._heard: dict[str, float] = {}
@@ -145,6 +148,17 @@ class Control:
             return str(error), {}
         self._announce()
         return None, self._director.document()
+
+    async def champion(self, model: str) -> ModelVersion | None:
+        """The version of another model that its alias champion points at now."""
+        asked, answer = self._champions.get(model, (-CHAMPIONS_S, None))
+        if answer is None or time.monotonic() - asked >= CHAMPIONS_S:
+            answer = asyncio.create_task(asyncio.to_thread(self._champion, model))
+            self._champions[model] = (time.monotonic(), answer)
+        return await asyncio.shield(answer)
+
+    def _champion(self, model: str) -> ModelVersion | None:
+        return Registry(self._storage).find(model, "champion")
 
     def _version(self, version: str) -> ModelVersion:
         """Raises HelioError for a version that is not there, or whose bundle is not the registered one."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from jobs.registry import ModelVersion
 from serving.admission import Admission, Ask
 from serving.metrics.families import Snapshot
 from serving.rollout.arms import Arms
@@ -18,6 +19,8 @@ AGAIN_S = 1.0
 """When a control actor that was away is asked again."""
 ANSWER_S = 5.0
 """How long the control actor may take."""
+REGISTRY_S = 20.0
+"""The same where it asks the registry."""
 
 
 class Link:
@@ -66,6 +69,11 @@ class Link:
             raise Refusal(
                 503, "overloaded", "the state of the endpoint cannot be told now: try again", retry_after_s=1
             ) from None
+
+    async def champion(self, model: str) -> ModelVersion | None:
+        """The champion of another model. Raises Refusal where nobody can say."""
+        found: ModelVersion | None = await self.ask("champion", model, within_s=REGISTRY_S)
+        return found
 
     async def stop(self) -> None:
         """Tell the last counts."""

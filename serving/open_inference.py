@@ -26,6 +26,7 @@ from serving.open_inference_tensors import (
     OUTPUTS,
     Asked,
     Model,
+    Named,
     Output,
     Pixels,
     Tensor,
@@ -51,13 +52,19 @@ T = TypeVar("T")
 class OpenInference:
     """Answers the protocol's requests.
 
-    `model_of(request, version)` gives the model that answers a request, which may be for a version or, where that is
-    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered
-    without it.
+    `model_of(request, name, version)` gives the model that answers a request, which may be for a version or, where that
+    is empty, for any; `named(request, name, version)` gives the same for who only wants to know whether it does, and
+    loads nothing. They raise Refusal where none may. The server's metadata, liveness and readiness are answered without
+    them.
     """
 
-    def __init__(self, model_of: Callable[[Request, str], Awaitable[Model]], max_images: int) -> None:
-        self._model_of, self._max_images = model_of, max_images
+    def __init__(
+        self,
+        model_of: Callable[[Request, str, str], Awaitable[Model]],
+        named: Callable[[Request, str, str], Awaitable[Named]],
+        max_images: int,
+    ) -> None:
+        self._model_of, self._named, self._max_images = model_of, named, max_images
 
     async def respond(self, request: Request) -> Response:
         """The answer to a request below /v2.
@@ -75,12 +82,13 @@ class OpenInference:
             return JSONResponse({path["health"]: True})
         if not path["name"]:
             return JSONResponse(server_metadata())
-        version = path["version"] or ""
-        model = await self._model_of(request, version)
-        check_name(model, path["name"], version)
-        if path["act"] == "/infer":
-            return await self._infer(request, model)
-        return JSONResponse({"name": model.name, "ready": True} if path["act"] else model_metadata(model))
+        name, version = path["name"], path["version"] or ""
+        if path["act"] == "/ready":
+            check_name(await self._named(request, name, version), name, version)
+            return JSONResponse({"name": name, "ready": True})
+        model = await self._model_of(request, name, version)
+        check_name(model, name, version)
+        return await self._infer(request, model) if path["act"] else JSONResponse(model_metadata(model))
 
     async def _infer(self, request: Request, model: Model) -> Response:
         body = await request.body()

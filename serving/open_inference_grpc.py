@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2 over gRPC: the service `inference.GRPCInferenceService` of KServe and Triton.
 
     server = grpc.aio.server()
-    add_to_server(InferenceService(model_of, max_images), server)
+    add_to_server(InferenceService(model_of, named, max_images), server)
 
 A Serve deployment that inherits from InferenceService answers it on its replicas, where Serve is started with
 `grpc_options=serve_options(port, timeout_s)`.
@@ -18,6 +18,7 @@ from serving import open_inference_pb2 as messages
 from serving.open_inference_tensors import (
     Asked,
     Model,
+    Named,
     Tensor,
     check_name,
     checked,
@@ -91,17 +92,23 @@ def _guarded(method: Method) -> Method:
 class InferenceService:
     """Answers the protocol's calls.
 
-    `model_of(context, version, infers)` gives the model that answers a call, which may be for a version or, where that
-    is empty, for any, and may want more than metadata. It raises Refusal where none may. The server's metadata,
-    liveness and readiness are answered without it. `local_only` refuses callers on other machines: a replica of Serve
+    `model_of(context, name, version, infers)` gives the model that answers a call, which may be for a version or, where
+    that is empty, for any, and may want more than metadata; `named(context, name, version)` gives the same for who only
+    wants to know whether it does, and loads nothing. They raise Refusal where none may. The server's metadata, liveness
+    and readiness are answered without them. `local_only` refuses callers on other machines: a replica of Serve
     listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
     name, and gives the context by its own.
     """
 
     def __init__(
-        self, model_of: Callable[[Context, str, bool], Awaitable[Model]], max_images: int, local_only: bool = False
+        self,
+        model_of: Callable[[Context, str, str, bool], Awaitable[Model]],
+        named: Callable[[Context, str, str], Awaitable[Named]],
+        max_images: int,
+        local_only: bool = False,
     ) -> None:
-        self.__model_of, self.__max_images, self.__local_only = model_of, max_images, local_only
+        self.__model_of, self.__named = model_of, named
+        self.__max_images, self.__local_only = max_images, local_only
 
     async def ServerLive(
         self, request: messages.ServerLiveRequest, grpc_context: Context
@@ -126,7 +133,8 @@ class InferenceService:
         self, request: messages.ModelReadyRequest, grpc_context: Context
     ) -> messages.ModelReadyResponse:
         """This model answers."""
-        await self.__named(request.name, request.version, grpc_context)
+        self.__check_caller(grpc_context)
+        check_name(await self.__named(grpc_context, request.name, request.version), request.name, request.version)
         return messages.ModelReadyResponse(ready=True)
 
     @_guarded
@@ -135,7 +143,7 @@ class InferenceService:
     ) -> messages.ModelMetadataResponse:
         """The model's tensors."""
         return messages.ModelMetadataResponse(
-            **model_metadata(await self.__named(request.name, request.version, grpc_context))
+            **model_metadata(await self.__model(request.name, request.version, grpc_context))
         )
 
     @_guarded
@@ -143,7 +151,7 @@ class InferenceService:
         self, request: messages.ModelInferRequest, grpc_context: Context
     ) -> messages.ModelInferResponse:
         """What the model says of the images; raw where the request is."""
-        model = await self.__named(request.model_name, request.model_version, grpc_context, infers=True)
+        model = await self.__model(request.model_name, request.model_version, grpc_context, infers=True)
         asked = checked([Asked(output.name, _classification(output.parameters)) for output in request.outputs])
         answers = await model.predict(images_of(_tensors(request), model, self.__max_images))
         response = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
@@ -158,12 +166,15 @@ class InferenceService:
                 getattr(told.contents, VALUES[output.datatype]).extend(encoded)
         return response
 
-    async def __named(self, name: str, version: str, context: Context, infers: bool = False) -> Model:
-        if self.__local_only and not context.peer().startswith(LOOPBACK):
-            raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
-        model = await self.__model_of(context, version, infers)
+    async def __model(self, name: str, version: str, context: Context, infers: bool = False) -> Model:
+        self.__check_caller(context)
+        model = await self.__model_of(context, name, version, infers)
         check_name(model, name, version)
         return model
+
+    def __check_caller(self, context: Context) -> None:
+        if self.__local_only and not context.peer().startswith(LOOPBACK):
+            raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
 
 
 def _tensors(request: messages.ModelInferRequest) -> list[Tensor]:

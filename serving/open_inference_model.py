@@ -1,40 +1,48 @@
-"""The served model as the Open Inference Protocol has it."""
+"""The served models as the Open Inference Protocol has them."""
 
 import asyncio
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from jobs.data.decode import Pixels
+from serving.admission import secret_of
 from serving.answering import Inquiry
 from serving.batching import Answer
+from serving.open_inference_grpc import Context
 from serving.open_inference_tensors import Answers
+from serving.records.identity import new_request_id
 from serving.served import Served
 from serving.upload import Refusal
 
 if TYPE_CHECKING:
     from serving.api import Api
 
+T = TypeVar("T", bound="V2Model")
+
 
 class V2Model:
     """The model that answers one request."""
 
-    def __init__(self, api: "Api", told: Inquiry, version: str) -> None:
-        """`version` is the one that was asked for; empty: whichever answers."""
+    def __init__(self, api: "Api", told: Inquiry, served: Served, version: str) -> None:
+        """`served` is what the request is read for; `version` is the one that was asked for; empty: whichever
+        answers."""
         self._api, self._told, self._asked = api, told, version
-        self._is(api.arms.choose("", version) if version else api.arms.champion)
+        self._is(served)
 
     async def predict(self, images: Sequence[bytes] | Pixels) -> Answers:
         """See `serving.open_inference_tensors.Model`."""
         told, answering = self._told, self._api.answering
         await self._api.admit(told, len(images))
         told.images = len(images)
-        served = self._api.arms.choose(told.asker or told.request_id, self._asked)
+        served = await answering.choose(told, self.name, self._asked)
         if isinstance(images, np.ndarray) and images.shape[1] != served.size:
             # Pixels are those that this version wants; another one cannot see them.
             served = self._served
-        answering.begin(told, served)
+            answering.begin(told, served, told.stage)
 
         async def all_of_them(served: Served) -> list[Answer]:
             self._is(served)
@@ -69,3 +77,60 @@ class V2Call(V2Model):
             raise
         finally:
             self._api.answering.finish(self._told, status)
+
+
+@dataclass(frozen=True)
+class NamedVersion:
+    """A model that would answer."""
+
+    name: str
+    version: str
+
+
+class V2Models:
+    """Finds the model that a request or a call is for. Raises Refusal where there is none."""
+
+    def __init__(self, api: "Api") -> None:
+        self._api = api
+
+    async def model(self, kind: type[T], told: Inquiry, name: str, version: str, infers: bool) -> T:
+        """For metadata, or for one that infers: its key is asked for once its images are counted."""
+        api = self._api
+        if not infers or told.secret is None:
+            await api.admit(told, 0)
+        if not api.answering.shelf(name):
+            return kind(api, told, self._own(version), version)
+        if told.admission is None:
+            # Nothing is loaded for who may not ask.
+            await api.admit(told, 0, counts=False)
+        return kind(api, told, await api.answering.champion(name), version)
+
+    async def named(self, told: Inquiry, name: str, version: str) -> NamedVersion:
+        """For who only wants to know whether it answers; nothing is loaded."""
+        await self._api.admit(told, 0)
+        shelf = self._api.answering.shelf(name)
+        found = await shelf.version(name) if shelf else self._own(version).version
+        return NamedVersion(found.model, found.version)
+
+    async def call(self, context: Context, name: str, version: str, infers: bool) -> V2Call:
+        """The same as `model`, over gRPC."""
+        return await self.model(V2Call, _told(context), name, version, infers)
+
+    async def call_named(self, context: Context, name: str, version: str) -> NamedVersion:
+        """The same as `named`, over gRPC."""
+        return await self.named(_told(context), name, version)
+
+    def _own(self, version: str) -> Served:
+        arms = self._api.arms
+        return arms.choose("", version) if version else arms.champion
+
+
+def _told(context: Context) -> Inquiry:
+    given = dict(context.invocation_metadata())
+    return Inquiry(
+        time.perf_counter(),
+        "/v2/models/{name}/infer",
+        new_request_id(),
+        secret_of(given.get("authorization", "")),
+        given.get("x-user"),
+    )

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.upload import Refusal
+from serving.upload import Refusal, shown
 
 Pixels: TypeAlias = NDArray[np.uint8]
 
@@ -40,14 +40,18 @@ class Answers:
     request_id: str
 
 
-class Model(Protocol):
-    """A model that answers one request."""
+class Named(Protocol):
+    """What answers a request, by its name."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def version(self) -> str: ...
+
+
+class Model(Named, Protocol):
+    """A model that answers one request."""
 
     @property
     def classes(self) -> Sequence[str]:
@@ -141,12 +145,12 @@ def model_metadata(model: Model) -> dict[str, Any]:
     }
 
 
-def check_name(model: Model, name: str, version: str) -> None:
+def check_name(model: Named, name: str, version: str) -> None:
     """Raises Refusal where a request asks for another model, or another version of it; an empty one is any."""
     if name != model.name:
-        raise Refusal(404, "not_found", f"there is no model {_shown(name)} here: ask for {model.name}")
+        raise Refusal(404, "not_found", f"there is no model {shown(name)} here: ask for {model.name}")
     if version not in ("", model.version):
-        text = f"version {_shown(version)} of {model.name} does not answer: ask for {model.version}, or for none"
+        text = f"version {shown(version)} of {model.name} does not answer: ask for {model.version}, or for none"
         raise Refusal(404, "not_found", text)
 
 
@@ -158,9 +162,9 @@ def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[byt
     tensor = inputs[0]
     datatypes = {"image": "BYTES", "pixels": "UINT8"}
     if tensor.name not in datatypes:
-        raise malformed(f"there is no input {_shown(tensor.name)}: send either image or pixels")
+        raise malformed(f"there is no input {shown(tensor.name)}: send either image or pixels")
     if tensor.datatype != datatypes[tensor.name]:
-        raise malformed(f"input {tensor.name} must be {datatypes[tensor.name]}, got {_shown(tensor.datatype)}")
+        raise malformed(f"input {tensor.name} must be {datatypes[tensor.name]}, got {shown(tensor.datatype)}")
     shape = tuple(tensor.shape)
     if tensor.name == "image":
         fits, wanted = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1), "[n] or [n, 1]"
@@ -168,7 +172,7 @@ def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[byt
         fits, wanted = len(shape) == 4 and shape[1:] == (size, size, 3), f"[n, {size}, {size}, 3]"
     if not fits or shape[0] < 1:
         raise malformed(
-            f"input {tensor.name} must have the shape {wanted} with n of 1 or more, got {_shown(list(shape))}"
+            f"input {tensor.name} must have the shape {wanted} with n of 1 or more, got {shown(list(shape))}"
         )
     if shape[0] > most:
         raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
@@ -180,11 +184,11 @@ def checked(asked: Sequence[Asked]) -> Sequence[Asked]:
     names = [output.name for output in asked]
     for output in asked:
         if output.name not in OUTPUTS or names.count(output.name) > 1:
-            raise malformed(f"output {_shown(output.name)}: ask for each of {', '.join(OUTPUTS)} once at most")
+            raise malformed(f"output {shown(output.name)}: ask for each of {', '.join(OUTPUTS)} once at most")
         if output.classification and output.name != "probabilities":
             raise malformed(f"output {output.name} has no classification: ask it of probabilities")
         if output.classification < 0:
-            raise malformed(f"classification must be a number of classes, got {_shown(output.classification)}")
+            raise malformed(f"classification must be a number of classes, got {shown(output.classification)}")
     return asked or [Asked(name) for name in OUTPUTS]
 
 
@@ -251,9 +255,3 @@ def _output(asked: Asked, model: Model, answers: Answers) -> Output:
         for place in places
     ]
     return Output(asked.name, [count, kept], told)
-
-
-def _shown(sent: object) -> str:
-    """Something of a request, short enough for a message."""
-    text = repr(sent)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -83,7 +83,7 @@ ERRORS: dict[int, tuple[str, str, str]] = {
         "the endpoint failed on this request; its log has the details under the request's id",
     ),
     503: (
-        "The endpoint has as much to do as it takes",
+        "The endpoint has as much to do as it takes, or cannot load the model now",
         "overloaded",
         "the endpoint has as many requests as it takes: try again after a moment",
     ),
@@ -101,8 +101,8 @@ PREDICT = Operation(
     "Classify one image, or several",
     {200: ("Answer", "Answers", LINES)},
     body=(*IMAGE_TYPES, FORM, "OneImage", "ManyImages"),
-    parameters=("top_k", "probabilities", "embedding", "heat_map", "X-User"),
-    refused=(400, 415, 422),
+    parameters=("model", "top_k", "probabilities", "embedding", "heat_map", "X-User"),
+    refused=(400, 404, 415, 422),
     description="One image is the body itself, a form's field `file` or JSON's `image`; several are repeated fields or "
     "`images`. The answer to several holds a result for each, in order, which may be an error; with `Accept: "
     "application/x-ndjson` it is a line each (schema Line), as soon as it is ready.",
@@ -127,12 +127,12 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
             {201: ("Stored",)},
             scope="feedback",
             body=("Correction",),
-            parameters=("X-User",),
-            refused=(400, 415, 422),
+            parameters=("model", "X-User"),
+            refused=(400, 404, 415, 422),
             description="It is on the disk before it is answered.",
         )
     },
-    "/v1/model": {"GET": Operation("What answers", {200: ("ServedModel",)})},
+    "/v1/model": {"GET": Operation("What answers", {200: ("ServedModel",)}, parameters=("model",), refused=(404,))},
     "/v1/status": {
         "GET": Operation("The model, its replicas and what they have answered", {200: ("Status",)}, scope="status")
     },
@@ -185,6 +185,8 @@ class Contract:
     max_images: int
     keys: bool
     """Whether requests want one."""
+    others: Sequence[str] = ()
+    """Other models that answer, of which nothing is known here but their names."""
 
     def document(self) -> Json:
         """The OpenAPI document."""
@@ -207,7 +209,7 @@ class Contract:
                 for path, methods in OPERATIONS.items()
             },
             "components": {
-                "schemas": schemas(self.classes, self.image_size, self.max_images),
+                "schemas": schemas(self.classes, self.image_size, self.max_images, bool(self.others)),
                 "headers": {
                     name: {"description": text, "schema": schema, "required": name == "x-request-id"}
                     for name, (text, schema) in RESPONSE_HEADERS.items()
@@ -261,10 +263,14 @@ class Contract:
 
     def _parameters(self) -> dict[str, Json]:
         switch = {"type": "boolean", "default": False}
-        count = {"type": "integer", "minimum": 1, "maximum": len(self.classes), "default": self.top_k}
+        count: Json = {"type": "integer", "minimum": 1}
+        if not self.others:
+            count |= {"maximum": len(self.classes), "default": self.top_k}
+        name = {"type": "string", "enum": [self.model, *self.others]}
         known: dict[str, tuple[str, str, Json, Any]] = {
-            "name": ("path", "The model", {"type": "string", "enum": [self.model]}, self.model),
+            "name": ("path", "The model", name, self.model),
             "version": ("path", "Its version", {"type": "string"}, self.version),
+            "model": ("query", "Which model answers", {**name, "default": self.model}, self.model),
             "top_k": ("query", "Labels in an answer, the most probable first", count, self.top_k),
             "probabilities": ("query", "Also the probabilities of all classes", switch, True),
             "embedding": ("query", "Also the embedding", switch, True),

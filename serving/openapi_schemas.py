@@ -46,9 +46,13 @@ def listed(item: Json, **more: Any) -> Json:
     return {"type": "array", "items": item, **more}
 
 
-def schemas(classes: Sequence[str], image_size: int, max_images: int) -> Json:
-    """Everything that requests and answers are made of, by name."""
-    shape = [{"type": "integer", "minimum": 1}, *({"const": length} for length in (image_size, image_size, 3))]
+def schemas(classes: Sequence[str], image_size: int, max_images: int, several: bool = False) -> Json:
+    """Everything that requests and answers are made of, by name.
+
+    With `several` models, others have classes and an image size of their own.
+    """
+    side = {"type": "integer", "minimum": 1} if several else {"const": image_size}
+    shape = [{"type": "integer", "minimum": 1}, side, side, {"const": 3}]
     probabilities = {
         "type": "object",
         "description": "Of all classes",
@@ -66,7 +70,7 @@ def schemas(classes: Sequence[str], image_size: int, max_images: int) -> Json:
     base64 = {"type": "string", "minLength": 1, "contentEncoding": "base64", "description": "An encoded image"}
     tensor = {"name": TEXT, "datatype": TEXT, "shape": listed({"type": "integer"})}
     return {
-        "Label": {"type": "string", "enum": list(classes)},
+        "Label": TEXT if several else {"type": "string", "enum": list(classes)},
         "RequestId": {"type": "string", "description": "The same as in the header `x-request-id`"},
         "Model": record(
             {"name": TEXT, "version": TEXT, "digest": {"type": "string", "description": "SHA-256 of the bundle"}}

@@ -1,10 +1,12 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +27,12 @@ INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
 INLINE_BYTES = 4 * INLINE_PIXELS
 """Files up to this are looked at where they arrive. Of a larger one the structure alone can take a second to follow."""
+LEAVE_S = 0.2
+"""How often a version that leaves is looked at for requests that it still answers."""
+POLITE_S = 0.0005
+"""How long a thread that loads a version may keep the interpreter from those that answer."""
+_LOADING = threading.Lock()
+"""One is loaded at a time."""
 
 T = TypeVar("T")
 
@@ -70,8 +78,8 @@ class Served:
     def play(self, role: Role, metrics: Metrics) -> None:
         """Answer in this role from now on, and be counted in it."""
         version = self.version.version
-        self.arm: Arm = metrics.arm(role, version)
-        self.shadow: Arm = metrics.arm("shadow", version)
+        self.arm: Arm = metrics.arm(role, version, self.version.model)
+        self.shadow: Arm = metrics.arm("shadow", version, self.version.model)
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
 
@@ -149,6 +157,12 @@ class Served:
             told["heat_map"] = answer.heat_map.astype(float).round(3).tolist()
         return told
 
+    async def leave(self) -> None:
+        """Close it once its last request is answered. It must not be chosen any more."""
+        while self.users:
+            await asyncio.sleep(LEAVE_S)
+        await asyncio.to_thread(self.close)
+
     def close(self) -> None:
         """Let what waits be answered, and give the model's thread back."""
         self._batcher.close()
@@ -157,6 +171,19 @@ class Served:
     def waiting(self) -> int:
         """Images that no batch has taken yet."""
         return self._batcher.waiting
+
+
+@contextmanager
+def politely() -> Iterator[None]:
+    """Load a version while others answer."""
+    # Loading is mostly Python, and a request takes the interpreter some ten times: 5 ms each would be its p99.
+    with _LOADING:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(POLITE_S)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(before)
 
 
 def top(scores: NDArray[np.float32], count: int) -> Sequence[int]:

@@ -35,6 +35,12 @@ def error_document(code: str, message: str) -> dict[str, dict[str, str]]:
     return {"error": {"code": code, "message": message}}
 
 
+def shown(sent: object) -> str:
+    """Something of a request, short enough for a message."""
+    text = repr(sent)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def is_open_inference(path: str) -> bool:
     """Whether a path is of the Open Inference Protocol, which has errors of its own form."""
     return path == "/v2" or path.startswith("/v2/")

@@ -44,11 +44,14 @@ class Options:
     embedding: bool = False
     heat_map: bool = False
     user: str | None = None
+    model: str | None = None
 
     def target(self) -> str:
         """Path and query."""
         query = {"top_k": str(self.top_k)} if self.top_k is not None else {}
         query.update({name: "true" for name in ("probabilities", "embedding", "heat_map") if getattr(self, name)})
+        if self.model is not None:
+            query["model"] = self.model
         return f"/v1/predict?{urlencode(query)}" if query else "/v1/predict"
 
 
@@ -98,13 +101,15 @@ class Endpoint:
             parts += [part.encode(), b"content-type: application/octet-stream\r\n\r\n", image, b"\r\n"]
         return Request("POST", options.target(), headers, b"".join([*parts, f"--{boundary}--\r\n".encode()]))
 
-    def feedback(self, request_id: str, label: str, image: int, comment: str | None) -> Request:
+    def feedback(
+        self, request_id: str, label: str, image: int, comment: str | None, model: str | None = None
+    ) -> Request:
         """A correction."""
         document: dict[str, Any] = {"request_id": request_id, "label": label, "image": image}
         if comment is not None:
             document["comment"] = comment
         headers = {**self._all_headers(), "content-type": "application/json"}
-        return Request("POST", "/v1/feedback", headers, json.dumps(document).encode())
+        return Request("POST", of_model("/v1/feedback", model), headers, json.dumps(document).encode())
 
     def _all_headers(self, request_id: str | None = None) -> dict[str, str]:
         own = uuid.uuid4().hex if request_id is None else _header("request_id", request_id)
@@ -155,6 +160,11 @@ class Batch:
     def results(self) -> list[Prediction | ImageError]:
         """Of every image, in order, once all have been answered."""
         return [self._found[position] for position in range(len(self._images))]
+
+
+def of_model(path: str, model: str | None) -> str:
+    """Path and query of a question about a model; None: the endpoint's own."""
+    return path if model is None else f"{path}?{urlencode({'model': model})}"
 
 
 def document(reply: Reply, status: int = 200) -> dict[str, Any]:

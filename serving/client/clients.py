@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from cluster.errors import EndpointError
 from serving.client.answers import ImageError, Prediction, Reply
-from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, load
+from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, load, of_model
 from serving.client.connection import AsyncPool, Pool, Verify
 from serving.client.retries import Retries, Tries
 
@@ -66,18 +66,20 @@ class Client:
         embedding: bool = False,
         heat_map: bool = False,
         user: str | None = None,
+        model: str | None = None,
         request_id: str | None = None,
     ) -> Prediction:
         """Classify one image, given as encoded bytes or as a file.
 
         `top_k` is how many of the best classes come back; `probabilities`, `embedding` and `heat_map` ask for more of
-        the answer. `user` is whom a roll-out keeps on one model. `request_id` names the request in the endpoint's log
+        the answer. `user` is whom a roll-out keeps on one version. `model` is another one that the endpoint serves
+        (`serve.models`) instead of its own. `request_id` names the request in the endpoint's log
         instead of an id that the client draws.
 
         Raises ImageError when the file cannot be read or is refused, EndpointError when there is no answer:
         NotAllowed, OverLimit, Overloaded or another StatusError when the answer is an error.
         """
-        options = Options(top_k, probabilities, embedding, heat_map, user)
+        options = Options(top_k, probabilities, embedding, heat_map, user, model)
         return _only(self._answer([load(image)], options, request_id=request_id))
 
     def predict_many(
@@ -89,6 +91,7 @@ class Client:
         embedding: bool = False,
         heat_map: bool = False,
         user: str | None = None,
+        model: str | None = None,
         batch_size: int = BATCH_SIZE,
         concurrency: int = CONCURRENCY,
     ) -> Generator[Prediction | ImageError, None, None]:
@@ -100,7 +103,7 @@ class Client:
 
         Raises EndpointError, after the answers that came before it, when a request fails.
         """
-        options = Options(top_k, probabilities, embedding, heat_map, user)
+        options = Options(top_k, probabilities, embedding, heat_map, user, model)
         stopped = threading.Event()
 
         def pause(seconds: float) -> None:
@@ -120,17 +123,22 @@ class Client:
             stopped.set()
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def feedback(self, request_id: str, label: str, image: int = 0, comment: str | None = None) -> None:
-        """Correct an answer: `label` is what image number `image` of the request shows. It is stored on return.
+    def feedback(
+        self, request_id: str, label: str, image: int = 0, comment: str | None = None, model: str | None = None
+    ) -> None:
+        """Correct an answer: `label` is what image number `image` of the request shows; `model` is the one
+        that was asked for, where it was not the endpoint's own. It is stored on return.
 
         Raises EndpointError.
         """
-        request = self._endpoint.feedback(request_id, label, image, comment)
+        request = self._endpoint.feedback(request_id, label, image, comment, model)
         document(self._send(request, self._endpoint.deadline()), 201)
 
-    def model(self) -> dict[str, Any]:
-        """What the endpoint serves: name, version, digest, classes, image_size. Raises EndpointError."""
-        return self._get("/v1/model")
+    def model(self, name: str | None = None) -> dict[str, Any]:
+        """What the endpoint serves: name, version, digest, classes, image_size; of another of its models, where named.
+
+        Raises EndpointError."""
+        return self._get(of_model("/v1/model", name))
 
     def status(self) -> dict[str, Any]:
         """Model, replicas and roll-out as they are now. Raises EndpointError."""
@@ -204,10 +212,11 @@ class AsyncClient:
         embedding: bool = False,
         heat_map: bool = False,
         user: str | None = None,
+        model: str | None = None,
         request_id: str | None = None,
     ) -> Prediction:
         """As `Client.predict`."""
-        options = Options(top_k, probabilities, embedding, heat_map, user)
+        options = Options(top_k, probabilities, embedding, heat_map, user, model)
         loaded = await asyncio.to_thread(load, image) if isinstance(image, Path) else image
         return _only(await self._answer([loaded], options, request_id))
 
@@ -220,11 +229,12 @@ class AsyncClient:
         embedding: bool = False,
         heat_map: bool = False,
         user: str | None = None,
+        model: str | None = None,
         batch_size: int = BATCH_SIZE,
         concurrency: int = CONCURRENCY,
     ) -> AsyncGenerator[Prediction | ImageError, None]:
         """As `Client.predict_many`; `images` is drawn from in a thread, since files may be slow to read."""
-        options = Options(top_k, probabilities, embedding, heat_map, user)
+        options = Options(top_k, probabilities, embedding, heat_map, user, model)
         drawn = batches(images, batch_size)
         pending: deque[asyncio.Task[list[Prediction | ImageError]]] = deque()
         try:
@@ -241,14 +251,16 @@ class AsyncClient:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
 
-    async def feedback(self, request_id: str, label: str, image: int = 0, comment: str | None = None) -> None:
+    async def feedback(
+        self, request_id: str, label: str, image: int = 0, comment: str | None = None, model: str | None = None
+    ) -> None:
         """As `Client.feedback`."""
-        request = self._endpoint.feedback(request_id, label, image, comment)
+        request = self._endpoint.feedback(request_id, label, image, comment, model)
         document(await self._send(request, self._endpoint.deadline()), 201)
 
-    async def model(self) -> dict[str, Any]:
+    async def model(self, name: str | None = None) -> dict[str, Any]:
         """As `Client.model`."""
-        return await self._get("/v1/model")
+        return await self._get(of_model("/v1/model", name))
 
     async def status(self) -> dict[str, Any]:
         """As `Client.status`."""

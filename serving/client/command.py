@@ -37,10 +37,12 @@ def predict_command(
     top_k: int | None = None,
     heat_map: str | None = None,
     key_file: str | None = None,
+    model: str | None = None,
 ) -> int:
     """`helio predict`: 0 when every file was answered, 2 when one was not; the others are answered all the same.
 
     A line has the best class, or the `top_k` best. `heat_map` is a directory for pictures of what the model looked at.
+    `model` is another one than the endpoint's own.
     """
     key = _read_key(Path(key_file)) if key_file else None
     pictures = HeatMaps(Path(heat_map)) if heat_map else None
@@ -48,7 +50,9 @@ def predict_command(
     failed = False
     with (
         Client(endpoint or _default_url(recipe), key=key) as client,
-        closing(client.predict_many(map(Path, files), top_k=top_k, heat_map=pictures is not None)) as results,
+        closing(
+            client.predict_many(map(Path, files), top_k=top_k, heat_map=pictures is not None, model=model)
+        ) as results,
     ):
         for file in files:
             try:

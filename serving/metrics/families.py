@@ -53,6 +53,7 @@ CODES = frozenset(
         "no_such_step",
         "not_an_image",
         "not_found",
+        "not_loaded",
         "overloaded",
         "quota_exceeded",
         "rate_limited",

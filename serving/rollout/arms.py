@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -12,14 +11,10 @@ from serving.metrics.replica import Metrics
 from serving.rollout.director import Told
 from serving.rollout.split import takes_candidate
 from serving.rollout.state import CALIBRATION, Version, View
-from serving.served import Role, Served
+from serving.served import Role, Served, politely
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
-POLITE_S = 0.0005
-"""How long a thread that loads a version may keep the interpreter from those that answer."""
-RETIRED_S = 0.2
-"""How often a version that has left is looked at for requests that it still answers."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -176,14 +171,8 @@ class Arms:
                 served.close()
 
     def _loaded(self, version: Version) -> Served:
-        """A version, loaded while others answer."""
-        before = sys.getswitchinterval()
-        # Loading is mostly Python, and a request takes the interpreter some ten times: 5 ms each would be its p99.
-        sys.setswitchinterval(POLITE_S)
-        try:
+        with politely():
             return self._load(version)
-        finally:
-            sys.setswitchinterval(before)
 
     def _hold(self, version: Version) -> None:
         try:
@@ -198,14 +187,8 @@ class Arms:
 
     def _retire(self, served: Served) -> None:
         """Give a version up once its last request is answered."""
-
-        async def close() -> None:
-            while served.users:
-                await asyncio.sleep(RETIRED_S)
-            await asyncio.to_thread(served.close)
-
         served.arm.unloaded()
-        self._keep(close())
+        self._keep(served.leave())
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -19,12 +19,14 @@ from cluster.run import Run, create_run, write_json
 from cluster.session import free_ports
 from jobs.bundle import Bundle
 from jobs.data.decode import decode_to_size
-from jobs.registry import ModelVersion
+from jobs.registry import ModelVersion, Registry
 from serving.config import ServeConfig
 from tests.conftest import carry_out
 
 IMAGE_SIZE = 16
 CLASSES = ["ant", "bee", "cat", "dog"]
+BIRDS, BIRD_SIZE = ["heron", "owl", "tit"], 24
+"""Classes and image size of the endpoint's second model."""
 LIMITS = {
     "max_replicas": 2,
     "target_ongoing_requests": 2,
@@ -39,6 +41,7 @@ LIMITS = {
     "request_timeout_s": 8.0,
     "top_k": 3,
     "check_images": 6,
+    "models": "[birds]",
 }
 """A serve section so tight that a test reaches each limit."""
 
@@ -53,31 +56,40 @@ class Deployed:
     result: dict[str, Any]
 
 
-def write_tiny_bundle(directory: Path) -> str:
+def write_tiny_bundle(
+    directory: Path, name: str = "tiny", classes: Sequence[str] = tuple(CLASSES), size: int = IMAGE_SIZE
+) -> str:
     """A bundle with random weights, large enough to tell one pixel from another; returns its digest."""
     import keras
 
     from jobs.bundle import write_bundle
 
     keras.utils.set_random_seed(1)
-    image = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
+    image = keras.Input((size, size, 3))
     x = keras.layers.Rescaling(1 / 127.5, -1)(image)
     x = keras.layers.Conv2D(8, 3, strides=2, activation="relu")(x)
     x = keras.layers.Flatten(name="pool")(x)
     backbone = keras.Model(image, keras.layers.Dense(16)(x))
-    head = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(len(CLASSES))])
-    return write_bundle(directory, backbone, head, IMAGE_SIZE, {"name": "tiny", "classes": CLASSES}).digest
+    head = keras.Sequential([keras.layers.Input((16,)), keras.layers.Dense(len(classes))])
+    return write_bundle(directory, backbone, head, size, {"name": name, "classes": list(classes)}).digest
 
 
 class Direct:
     """Writes the tiny bundle and calls it without an endpoint, in a process of its own."""
 
-    def __init__(self, directory: Path) -> None:
-        self._digest = write_tiny_bundle(directory)
+    def __init__(self, directory: Path, *more: Any) -> None:
+        self._digest = write_tiny_bundle(directory, *more)
         self._loaded = Bundle.open(directory).load()
 
     def digest(self) -> str:
         return self._digest
+
+    def register(self, storage: Path, model: str) -> str:
+        """Make it the champion of a registry; returns the version."""
+        registry = Registry(storage)
+        version = registry.register(model, self._loaded.bundle, {}).version
+        registry.set_alias(model, "champion", version)
+        return version
 
     def predict(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict(images)[0]
@@ -103,13 +115,21 @@ def direct(ray_cluster: None, bundle_directory: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="package")
+def birds(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same of another model."""
+    actor = ray.remote(num_cpus=0)(Direct).remote(tmp_path_factory.mktemp("birds") / "b", "birds", BIRDS, BIRD_SIZE)
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="package")
 def version(direct: Any, bundle_directory: Path) -> ModelVersion:
     """The tiny bundle as if it were registered."""
     return ModelVersion("tiny", "7", bundle_directory, ray.get(direct.digest.remote()))
 
 
 @pytest.fixture(scope="package")
-def deployed(version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+def deployed(version: ModelVersion, birds: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     """A run whose export left the tiny bundle, and its deploy stage. The endpoint ends with the tests of this room."""
     directory = tmp_path_factory.mktemp("deployed")
     for index, name in enumerate(CLASSES):
@@ -117,6 +137,7 @@ def deployed(version: ModelVersion, tmp_path_factory: pytest.TempPathFactory) ->
         folder.mkdir(parents=True)
         for image in range(10):
             (folder / f"{image}.png").write_bytes(picture(100 * index + image, 24, 20))
+    ray.get(birds.register.remote(directory, "birds"))
     port, grpc_port = free_ports(2)
     overrides = [f"serve.{key}={value}" for key, value in {**LIMITS, "port": port, "grpc_port": grpc_port}.items()]
     recipe = load_recipe("quickstart", [f"data.source={directory / 'source'}", *overrides])

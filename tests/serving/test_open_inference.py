@@ -66,10 +66,12 @@ class Fake:
         probabilities, embedding = numbers(pixels)
         return Answers(probabilities, embedding, f"request of {len(images)}")
 
-    async def for_request(self, request: Request, version: str) -> "Fake":
+    async def for_request(self, request: Request, name: str, version: str) -> "Fake":
         return self.for_key(request.headers.get("authorization"), version)
 
-    async def for_call(self, context: open_inference_grpc.Context, version: str) -> "Fake":
+    async def for_call(
+        self, context: open_inference_grpc.Context, name: str, version: str, infers: bool = False
+    ) -> "Fake":
         return self.for_key(dict(context.invocation_metadata()).get("authorization"), version)
 
     def for_key(self, key: str | None, version: str) -> "Fake":
@@ -127,11 +129,11 @@ def servers() -> Iterator[Servers]:
 
     async def serve() -> None:
         calls = grpc.aio.server()
-        service = open_inference_grpc.InferenceService(model.for_call, MOST, local_only=True)
+        service = open_inference_grpc.InferenceService(model.for_call, model.for_call, MOST, local_only=True)
         open_inference_grpc.add_to_server(service, calls)
         port = calls.add_insecure_port("127.0.0.1:0")
         await calls.start()
-        app = application(open_inference.OpenInference(model.for_request, MOST))
+        app = application(open_inference.OpenInference(model.for_request, model.for_request, MOST))
         web = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning", ws="none"))
         serving = asyncio.create_task(web.serve())
         while not web.started:
@@ -609,7 +611,7 @@ def test_a_caller_on_another_machine_is_refused_by_a_local_endpoint(peer: str) -
     context.peer.return_value, context.invocation_metadata.return_value = peer, []
     request = open_inference_pb2.ModelReadyRequest(name="tiny")
     for local_only in (True, False):
-        service = open_inference_grpc.InferenceService(Fake().for_call, MOST, local_only)
+        service = open_inference_grpc.InferenceService(Fake().for_call, Fake().for_call, MOST, local_only)
         assert asyncio.run(service.ModelReady(request, context)).ready is not local_only
     context.set_code.assert_called_once_with(grpc.StatusCode.PERMISSION_DENIED)
 

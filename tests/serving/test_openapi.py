@@ -74,9 +74,9 @@ def test_the_document_has_each_route_and_no_other() -> None:
     assert OPERATIONS.keys() - own.keys() == {route for route in ROUTES if PATH.fullmatch(route)}
 
 
-@pytest.mark.parametrize("keys", [False, True])
-def test_the_document_is_valid_and_so_are_its_examples(keys: bool) -> None:
-    document = Contract(NAME, VERSION, CLASSES, IMAGE_SIZE, 3, 32, keys).document()
+@pytest.mark.parametrize(("keys", "others"), [(False, []), (True, ["birds"])])
+def test_the_document_is_valid_and_so_are_its_examples(keys: bool, others: list[str]) -> None:
+    document = Contract(NAME, VERSION, CLASSES, IMAGE_SIZE, 3, 32, keys, others).document()
     from_dict(document).validate()
     assert len({o["operationId"] for path in document["paths"].values() for o in path.values()}) == len(EACH)
     found = 0
@@ -129,6 +129,10 @@ REAL: list[tuple[int, str, dict[str, Any]]] = [
     (200, "POST /v1/predict", {"data": IMAGE}),
     (200, "POST /v1/predict?probabilities=true&embedding=true&top_k=1", {"files": {"file": IMAGE}}),
     (200, "POST /v1/predict?heat_map=1", {"data": IMAGE}),
+    (200, "POST /v1/predict?model=birds&probabilities=1", {"data": IMAGE}),
+    (404, "POST /v1/predict?model=fish", {"data": IMAGE}),
+    (200, "GET /v1/model?model=birds", {}),
+    (200, "GET /v2/models/birds", {}),
     (404, "GET /page/other.js", {}),
     (200, "POST /v1/predict", {"files": [("file", IMAGE), ("file", b"none")]}),
     (200, "POST /v1/predict", {"json": {"images": [CODED]}}),
