@@ -69,6 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON document")
     _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
     _add_keys(commands.add_parser("keys", help="make, list and revoke the API keys of an endpoint"))
+    _add_rollout(
+        commands.add_parser("rollout", help="put a candidate before users step by step, at a running endpoint")
+    )
     trace = commands.add_parser("trace", help="the way from an answer back to bundle, trial, data set and recipe")
     trace.add_argument("request_id", metavar="REQUEST_ID", help="as the answer has it")
     _add_place(trace)
@@ -117,6 +120,29 @@ def _add_keys(command: argparse.ArgumentParser) -> None:
     create.add_argument("--trial", action="store_true", help="a key to try the endpoint with, small and short-lived")
     for action in (create, listed, revoke):
         _add_place(action)
+
+
+def _add_rollout(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "start": "load a version beside the champion, and let it earn its users",
+        "status": "where the roll-out stands, what both versions have shown, and the audit log",
+        "pause": "take no step until resume; harm still rolls the candidate back",
+        "resume": "take steps again",
+        "promote": "the candidate answers everybody from now on",
+        "abort": "the champion answers everybody again",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
+        action.add_argument(
+            "--key-file", metavar="FILE", help="an API key (default: HELIO_API_KEY); orders want the scope admin"
+        )
+        if name != "status":
+            action.add_argument("--why", help="for the audit log")
+        if name == "start":
+            action.add_argument("--version", help="a number of the registry, or an alias (default: candidate)")
+        action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
@@ -194,6 +220,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _data(arguments, output)
     if arguments.command == "evaluate":
         return _evaluate(arguments, output)
+    if arguments.command == "rollout":
+        return _rollout(arguments, output)
     if arguments.command in ("keys", "trace"):
         return _look_at_endpoint(arguments, output)
     # An override may stand where the recipe would.
@@ -314,6 +342,16 @@ def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     progress = RunProgress(output.messages)
     run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
     code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
+    return code
+
+
+def _rollout(arguments: argparse.Namespace, output: "Output") -> int:
+    place = (arguments.endpoint, arguments.key_file, arguments.json, output)
+    if arguments.action == "status":
+        code: int = catalog.load("serving.rollout_command:status_command")(*place)
+    else:
+        version = arguments.version if arguments.action == "start" else None
+        code = catalog.load("serving.rollout_command:change_command")(arguments.action, version, arguments.why, *place)
     return code
 
 

@@ -4,6 +4,7 @@ It is an embedded sqlite file in the workspace, or the server that MLFLOW_TRACKI
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,19 @@ class Registry:
 
     def find(self, model: str, alias: str) -> ModelVersion | None:
         """The version that an alias points at, or None where there is no such model or alias."""
+        return self._found(model, self._client.get_model_version_by_alias, alias)
+
+    def version(self, model: str, version: str) -> ModelVersion | None:
+        """A version by its number or, where it is none, by its alias; None where there is no such version."""
+        return (
+            self._found(model, self._client.get_model_version, version)
+            if version.isdecimal()
+            else self.find(model, version)
+        )
+
+    def _found(self, model: str, get: Callable[[str, str], Any], name: str) -> ModelVersion | None:
         try:
-            version = self._client.get_model_version_by_alias(model, alias)
+            version = get(model, name)
         except self._missing as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None

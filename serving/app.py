@@ -4,10 +4,13 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 """
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
@@ -16,6 +19,7 @@ from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
 from serving.config import ServeConfig
+from serving.gate import replica_environment
 from serving.link import Link
 from serving.metrics.families import Snapshot
 from serving.metrics.replica import Metrics
@@ -23,8 +27,10 @@ from serving.open_inference_grpc import InferenceService
 from serving.records.feedback import Feedback
 from serving.records.hours import record_directory
 from serving.records.log import PredictionLog
+from serving.records.lookup import find_predictions
+from serving.rollout.arms import Arms
+from serving.rollout.state import Version
 from serving.served import Served
-from serving.upload import replica_environment
 
 NAME = "helio"
 """The Serve application."""
@@ -32,41 +38,51 @@ NAME = "helio"
 GRACEFUL_SHUTDOWN_S = 10.0
 """What a leaving replica has for the requests that it still holds."""
 
+CONTROL_S = 30.0
+"""How long a replica that starts waits for the control actor."""
+
 RETRY_AFTER_S = 1.0
 """What an overloaded endpoint asks a client to wait."""
 
 
 class Predictor(InferenceService):
-    """One replica: a bundle in memory. It takes requests only after every batch size it uses has run once.
+    """One replica: a bundle in memory, during a roll-out two. It takes requests only after every batch size has run
+    once.
 
     `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
     actor that all replicas share.
     """
 
     def __init__(
-        self, version: dict[str, str], config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any
+        self, model: str, config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any
     ) -> None:
         import cv2
 
         set_up_tensorflow(threads, gpus)
         cv2.setNumThreads(1)
         self._config = ServeConfig(**config)
-        model, self._replica = version["model"], serve.get_replica_context().replica_id.unique_id
-        metrics = Metrics(self._replica, model)
-        arm = metrics.arm("champion", version["version"])
-        self._served = Served(
-            ModelVersion(model, version["version"], Path(version["bundle"]), version["digest"]),
-            self._config.max_batch_size,
-            self._config.batch_wait_timeout_s,
-            ThreadPoolExecutor(threads, thread_name_prefix="decode"),
-            arm.batch,
-        )
-        arm.loaded(version["digest"], self._served.load_s)
+        self._replica = serve.get_replica_context().replica_id.unique_id
+        self._metrics = Metrics(self._replica, model)
+        decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
+
+        def load(version: Version) -> Served:
+            found = ModelVersion(model, version.version, Path(version.bundle), version.digest)
+            return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
+
+        # A replica that starts late may find another champion than the endpoint began with, and a candidate.
+        self._arms = Arms(load, self._metrics, ray.get(control.follow.remote(None), timeout=CONTROL_S))
         records = record_directory(Path(storage), model)
         self._log = PredictionLog(records, self._replica, self._config.records)
-        self._link = Link(control, self._snapshot)
-        desk = Desk(self._link, metrics, self._log, Feedback(records, self._replica), self._config.wants_keys)
-        self._metrics, self._api = metrics, Api(self._served, self._config, desk)
+        self._link = Link(control, self._replica, self._snapshot, self._arms)
+        desk = Desk(
+            self._link,
+            self._metrics,
+            self._log,
+            Feedback(records, self._replica),
+            partial(find_predictions, Path(storage)),
+            self._config.wants_keys,
+        )
+        self._api = Api(self._arms, self._config, desk)
         # A replica listens for calls on every address, also where the endpoint is at a loopback one.
         super().__init__(self._api.call, self._config.max_images, local_only=self._config.is_local)
 
@@ -77,20 +93,23 @@ class Predictor(InferenceService):
 
     async def check_health(self) -> None:
         """Called by Serve now and then: a replica whose model no longer answers is replaced."""
-        await self._served.check()
+        await self._arms.champion.check()
 
     async def __del__(self) -> None:
         """Called by Serve once the last request has been answered."""
-        self._served.close()
+        self._arms.close()
         await asyncio.to_thread(self._log.close)
-        await self._link.stop(self._replica)
+        await self._link.stop()
 
     def _snapshot(self) -> Snapshot:
-        return self._metrics.snapshot(self._served.waiting, self._api.ongoing, self._log.dropped)
+        return self._metrics.snapshot(self._arms.waiting, self._api.ongoing, self._log.dropped)
 
 
-def build_application(config: ServeConfig, version: ModelVersion, profile: Profile, control: Any) -> serve.Application:
-    """The application that serves `version` as the recipe says, each replica with the profile's resources."""
+def build_application(config: ServeConfig, model: str, profile: Profile, control: Any) -> serve.Application:
+    """The application that serves a model as the recipe says, each replica with the profile's resources.
+
+    Which version, is said by `control`.
+    """
     resources = profile.replicas
     autoscaling = AutoscalingConfig(
         min_replicas=config.min_replicas,
@@ -113,7 +132,11 @@ def build_application(config: ServeConfig, version: ModelVersion, profile: Profi
         ray_actor_options={
             "num_cpus": resources.cpus,
             "num_gpus": resources.gpus,
-            "runtime_env": {"env_vars": replica_environment(config.max_request_bytes)},
+            "runtime_env": {
+                "env_vars": replica_environment(
+                    config.max_request_bytes, config.request_timeout_s, config.max_ongoing_requests
+                )
+            },
         },
         health_check_period_s=10.0,
         health_check_timeout_s=30.0,
@@ -123,12 +146,7 @@ def build_application(config: ServeConfig, version: ModelVersion, profile: Profi
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     return deployment.bind(
-        {
-            "model": version.model,
-            "version": version.version,
-            "bundle": str(version.bundle),
-            "digest": version.digest,
-        },
+        model,
         config.model_dump(),
         resources.threads,
         resources.gpus,

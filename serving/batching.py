@@ -19,6 +19,8 @@ from jobs.data.decode import Pixels
 
 PADDED_FROM = 0.75
 """Of a batch's size; a model on CPUs takes as long for padding as for images."""
+TURN_S = 2.0
+"""How long a model waits for another one that shares its turn."""
 T = TypeVar("T")
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Probabilities [n, classes] and embeddings [n, dimension]."""
@@ -58,13 +60,15 @@ class Batcher:
         max_batch_size: int,
         wait_s: float = 0.0,
         told: Callable[[int], None] = lambda size: None,
+        turn: "threading.Lock | None" = None,
     ) -> None:
         """`run` answers uint8 [n, *shape]; a batch that is not full waits up to `wait_s` for company; `told` is called
-        with the size of each."""
+        with the size of each. Models that share `turn` run one at a time: neither slows the other's batches."""
         self._run, self._wait_s, self._largest, self._told = run, wait_s, max_batch_size, told
         self._buffers = {size: np.zeros((size, *shape), np.uint8) for size in batch_sizes(max_batch_size)}
         for buffer in self._buffers.values():
             run(buffer)
+        self._turn = turn or threading.Lock()
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -103,11 +107,16 @@ class Batcher:
     def _work(self) -> None:
         while items := self._take():
             loop = items[0].answer.get_loop()
+            # A model that hangs must not take the other one with it.
+            has_turn = self._turn.acquire(timeout=TURN_S)
             try:
                 found = [items[0].work()] if callable(items[0].work) else self._answers(items)
                 loop.call_soon_threadsafe(_deliver, items, found)
             except Exception as error:
                 loop.call_soon_threadsafe(_fail, items, error)
+            finally:
+                if has_turn:
+                    self._turn.release()
 
     def _take(self) -> list[_Item]:
         """The next batch, or one piece of other work; empty once there is nothing left and the batcher is closed."""

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from cluster.schema import Section
 from serving.records.config import RecordConfig
+from serving.rollout.config import RolloutConfig
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -16,6 +17,7 @@ class ServeConfig(Section):
     keys: Literal["auto", "required", "none"] = "auto"
     """Whether requests want an API key (`helio keys create`). auto: only where `host` is not this machine's own."""
     records: RecordConfig = RecordConfig()
+    rollout: RolloutConfig = RolloutConfig()
     host: str = "127.0.0.1"
     """Address to bind; `0.0.0.0` opens it to the network."""
     port: int = Field(default=8000, ge=1, le=65535)
@@ -40,7 +42,8 @@ class ServeConfig(Section):
     max_pixels: int = Field(default=50_000_000, ge=1, le=100_000_000)
     """Height times width of an image as it is sent."""
     request_timeout_s: float = Field(default=30.0, gt=0)
-    """How long a request may take, also to arrive; past it the answer is 504."""
+    """How long a request may take to arrive, past which the answer is 408, and then to be answered: 504. The head of a
+    request has 10 s."""
     top_k: int = Field(default=5, ge=1)
     """Labels in an answer."""
     check_images: int = Field(default=50, ge=1)

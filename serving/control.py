@@ -1,12 +1,14 @@
-"""What all replicas of an endpoint share: one actor with the keys, what they have used, and the counts of all replicas.
+"""What all replicas of an endpoint share: one actor with the keys and what they have used, the counts of all replicas,
+and the roll-out.
 
-It is asked for nothing where the endpoint has no keys: a replica goes on answering while it is away. Where keys are
-wanted, requests are told to come back.
+Where the endpoint has no keys, a replica goes on answering while it is away. Where keys are wanted, requests are told
+to come back.
 """
 
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,27 +16,44 @@ from typing import Any
 
 import ray
 
+from cluster.errors import HelioError
 from cluster.run import write_json
+from jobs.registry import ModelVersion, Registry
 from serving.admission import Admission, Ask
 from serving.keys import KeyStore, control_db
 from serving.metrics.families import Snapshot
 from serving.metrics.merged import Merged
+from serving.rollout.audit import AuditLog
+from serving.rollout.config import RolloutConfig
+from serving.rollout.director import Director, Told
+from serving.rollout.state import Version, View
 
 GONE_AFTER_S = 10.0
 """A replica that has told nothing for so long is no more."""
 HEARD_WITHIN_S = 3.0
 """All replicas that live have told their counts after so long."""
+FOLLOW_S = 20.0
+"""How long a replica is kept waiting that asks for something new to do."""
+ALIAS_AGAIN_S = 10.0
+"""When a registry is asked again that did not take the new champion."""
 NAME = "helio-control"
+
+logger = logging.getLogger(__name__)
 
 
 class Control:
     """A Ray actor; one for an endpoint, on the node whose disk holds its state."""
 
-    def __init__(self, storage: str, model: str, started: str) -> None:
-        """`started` names this start of the endpoint: counts of an earlier one are not gone on with."""
+    def __init__(self, storage: str, model: str, started: str, serves: dict[str, str], rollout: dict[str, Any]) -> None:
+        """`started` names this start of the endpoint, which begins with the version `serves`: counts of an earlier one
+        are not gone on with. `rollout` is the recipe's section."""
         database = control_db(Path(storage), model)
-        self._model, self._started = model, started
+        self._storage, self._model, self._started = Path(storage), model, started
         self._keys = KeyStore(database)
+        self._director = Director(AuditLog(database), started, Version(**serves), RolloutConfig(**rollout))
+        self._changed = asyncio.Event()
+        self._naming: asyncio.Task[None] | None = None
+        self._named: str | None = None
         self._counts = database.with_name("counts.json")
         self._merged = Merged(self._earlier())
         self._heard: dict[str, float] = {}
@@ -86,14 +105,81 @@ class Control:
     async def text(self, accept: str) -> tuple[bytes, str]:
         """Metrics for Prometheus, and their content type. Begun again, it waits for all replicas: no counter falls."""
         await asyncio.sleep(self._complete_at - time.monotonic())
-        return self._merged.text(self._model, {"running": len(self._merged.replicas)}, None, accept)
+        rollout = self._director.status()
+        return self._merged.text(self._model, {"running": len(self._merged.replicas)}, rollout, accept)
 
     async def status(self, version: str) -> dict[str, Any]:
         """How many replicas there are, and what they have answered."""
         return {
             "replicas": {"running": len(self._merged.replicas)},
+            "rollout": self._director.status(),
             "arms": {"champion": self._merged.counts(self._model, version, "champion").summary()},
         }
+
+    async def follow(self, known: View | None) -> View:
+        """What replicas are to do of the roll-out, as soon as it is something else than `known`; or after a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FOLLOW_S):
+                while (view := self._director.view) == known:
+                    await self._changed.wait()
+        return view
+
+    async def observe(self, replica: str, told: Told) -> None:
+        """What a replica has seen of the roll-out."""
+        self._director.hear(replica, told, {replica, *self._merged.replicas})
+        self._announce()
+
+    async def rollout(self) -> dict[str, Any]:
+        """The roll-out and its audit log."""
+        return self._director.document()
+
+    async def order(self, action: str, version: str, who: str, why: str) -> tuple[str | None, dict[str, Any]]:
+        """Start, pause, resume, promote or abort. A text says why that cannot be."""
+        try:
+            if action == "start":
+                found = await asyncio.to_thread(self._version, version)
+                self._director.start(Version(found.version, found.digest, str(found.bundle)), who, why)
+            else:
+                self._director.order(action, who, why)
+        except HelioError as error:
+            return str(error), {}
+        self._announce()
+        return None, self._director.document()
+
+    def _version(self, version: str) -> ModelVersion:
+        """Raises HelioError for a version that is not there, or whose bundle is not the registered one."""
+        found = Registry(self._storage).version(self._model, version)
+        if found is None:
+            raise HelioError(f"model {self._model} has no version {version} in the registry")
+        try:
+            found.open()
+        except HelioError:
+            logger.exception("version %s cannot be opened", version)
+            raise HelioError(
+                f"the bundle of version {found.version} is not the registered one, or is not there: export it again"
+            ) from None
+        return found
+
+    def _announce(self) -> None:
+        """Wake those who follow; a promoted candidate is the registry's champion, too."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        promoted = self._director.promoted
+        if promoted is not None and promoted.version != self._named:
+            self._named = promoted.version
+            self._naming = asyncio.create_task(self._name_champion(promoted.version))
+
+    async def _name_champion(self, version: str) -> None:
+        while version == self._named:
+            try:
+                await asyncio.to_thread(self._set_champion, version)
+                return
+            except Exception:
+                logger.exception("the registry does not take version %s as champion yet", version)
+                await asyncio.sleep(ALIAS_AGAIN_S)
+
+    def _set_champion(self, version: str) -> None:
+        Registry(self._storage).set_alias(self._model, "champion", version)
 
     def _earlier(self) -> Any:
         with contextlib.suppress(FileNotFoundError):

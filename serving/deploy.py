@@ -58,7 +58,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     from serving.app import NAME, build_application
     from serving.open_inference_grpc import serve_options
 
-    control = _start_control(profile, version.model)
+    control = _start_control(profile, config, version)
     try:
         try:
             serve.start(
@@ -68,7 +68,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
                 if config.grpc_port is None
                 else serve_options(config.grpc_port, config.request_timeout_s),
             )
-            serve.run(build_application(config, version, profile, control), name=NAME, route_prefix="/")
+            serve.run(build_application(config, version.model, profile, control), name=NAME, route_prefix="/")
         except (RuntimeError, TimeoutError) as error:
             raise EndpointError(
                 f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
@@ -81,7 +81,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
         ray.kill(control)
 
 
-def _start_control(profile: Profile, model: str) -> Any:
+def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion) -> Any:
     """The actor that all replicas share, on the head node: it ends with this process."""
     import ray
 
@@ -96,7 +96,8 @@ def _start_control(profile: Profile, model: str) -> Any:
         "max_concurrency": 1000,
     }
     actor = ray.remote(Control).options(**options)
-    return actor.remote(str(profile.storage_path), model, new_request_id())
+    serves = {"version": version.version, "digest": version.digest, "bundle": str(version.bundle)}
+    return actor.remote(str(profile.storage_path), version.model, new_request_id(), serves, config.rollout.model_dump())
 
 
 def preflight(recipe: "Recipe", profile: Profile) -> None:

@@ -2,15 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from serving.admission import Admission, Ask
 from serving.metrics.families import Snapshot
+from serving.rollout.arms import Arms
 from serving.upload import Refusal
 
 REPORT_S = 1.0
 """How often a replica tells its counts."""
+OBSERVE_S = 0.2
+"""How often it tells what it sees of a roll-out."""
+AGAIN_S = 1.0
+"""When a control actor that was away is asked again."""
 ANSWER_S = 5.0
 """How long the control actor may take."""
 
@@ -18,16 +23,17 @@ ANSWER_S = 5.0
 class Link:
     """Asks the control actor, and tells it what this replica counts. All calls come from one event loop."""
 
-    def __init__(self, control: Any, snapshot: Callable[[], Snapshot]) -> None:
+    def __init__(self, control: Any, replica: str, snapshot: Callable[[], Snapshot], arms: Arms) -> None:
         """`control` is the actor's handle."""
-        self._control, self._snapshot = control, snapshot
+        self._control, self._replica, self._snapshot, self._arms = control, replica, snapshot, arms
         self._asked: list[tuple[Ask, asyncio.Future[Admission]]] = []
         self._asking: asyncio.Task[None] | None = None
-        self._telling: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begin to tell."""
-        self._telling = asyncio.create_task(self._tell())
+        """Begin to tell, and to do what the roll-out wants."""
+        loops: list[Coroutine[Any, Any, None]] = [self._tell(), self._follow(), self._observe()]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def admit(self, ask: Ask) -> Admission:
         """Whether a request gets in. Raises Refusal where nobody can say."""
@@ -51,22 +57,22 @@ class Link:
             # The request is answered all the same; its images stay counted.
             logging.getLogger("ray.serve").exception("images of %s were not given back", admission.key_id)
 
-    async def ask(self, method: str, *arguments: Any) -> Any:
+    async def ask(self, method: str, *arguments: Any, within_s: float = ANSWER_S) -> Any:
         """Call another method of the control actor. Raises Refusal where it does not answer."""
         try:
-            return await asyncio.wait_for(getattr(self._control, method).remote(*arguments), ANSWER_S)
+            return await asyncio.wait_for(getattr(self._control, method).remote(*arguments), within_s)
         except Exception:
             logging.getLogger("ray.serve").exception("the control actor does not answer")
             raise Refusal(
                 503, "overloaded", "the state of the endpoint cannot be told now: try again", retry_after_s=1
             ) from None
 
-    async def stop(self, replica: str) -> None:
+    async def stop(self) -> None:
         """Tell the last counts."""
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._control.hear.remote(self._snapshot())
-        await self._control.leave.remote(replica)
+        await self._control.leave.remote(self._replica)
 
     async def _ask(self) -> None:
         """What comes while the actor decides goes there together."""
@@ -91,3 +97,27 @@ class Link:
             except Exception:
                 # It is begun again by Ray, and told all of it the next time.
                 logging.getLogger("ray.serve").exception("the control actor does not hear")
+
+    async def _follow(self) -> None:
+        """The control actor answers when there is something else to do than what was done last."""
+        view = None
+        while True:
+            try:
+                view = await self._control.follow.remote(view)
+                await self._arms.follow(view)
+            except Exception:
+                # Which users have which version stays as it is meanwhile.
+                logging.getLogger("ray.serve").exception("the roll-out cannot be followed")
+                await asyncio.sleep(AGAIN_S)
+
+    async def _observe(self) -> None:
+        while True:
+            await asyncio.sleep(OBSERVE_S)
+            told = self._arms.take()
+            if told is None:
+                continue
+            try:
+                # Told twice, a request would count twice; lost, it counts for no version.
+                await self._control.observe.options(max_task_retries=0).remote(self._replica, told)
+            except Exception:
+                logging.getLogger("ray.serve").exception("the control actor does not hear of the roll-out")

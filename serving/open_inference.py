@@ -14,7 +14,7 @@ Every error is `{"error": "..."}`.
 import base64
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,11 +32,12 @@ from serving.open_inference_tensors import (
     check_name,
     checked,
     images_of,
+    malformed,
     model_metadata,
     outputs_of,
     server_metadata,
 )
-from serving.upload import Refusal
+from serving.upload import is_text, require_plain
 
 JSON_LENGTH = "inference-header-content-length"
 PATH = re.compile(
@@ -61,7 +62,8 @@ class OpenInference:
     async def respond(self, request: Request) -> Response:
         """The answer to a request below /v2.
 
-        Raises Refusal and HTTPException for what is refused, which `error_response` turns into the protocol's form.
+        Raises Refusal and HTTPException for what is refused, which `serving.upload.error_form` gives the protocol's
+        form.
         """
         path = PATH.fullmatch(request.scope["path"])
         if path is None:
@@ -81,7 +83,8 @@ class OpenInference:
         return JSONResponse({"name": model.name, "ready": True} if path["act"] else model_metadata(model))
 
     async def _infer(self, request: Request, model: Model) -> Response:
-        wanted = _read(await request.body(), _json_length(request), model, self._max_images)
+        body = await request.body()
+        wanted = _read(body, _json_length(request, len(body)), model, self._max_images)
         answers = await model.predict(wanted.images)
         about: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
         if wanted.id is not None:
@@ -90,21 +93,12 @@ class OpenInference:
         return _response(about, outputs_of(wanted.outputs, model, answers), wanted.raw)
 
 
-def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An error in the protocol's form."""
-    return JSONResponse({"error": message}, status, headers)
-
-
-def _json_length(request: Request) -> int | None:
-    """Where the JSON of a body ends; None: with the body."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Refusal(415, "unsupported_content_encoding", f"content-encoding {encoding[:40]} is not read: send plain")
-    text = request.headers.get(JSON_LENGTH)
-    if text is None:
-        return None
-    if not text.isdecimal() or len(text) > 18:
-        raise _bad("Inference-Header-Content-Length must be the number of bytes that are JSON")
+def _json_length(request: Request, size: int) -> int:
+    """How much of a body of `size` bytes is JSON."""
+    require_plain(request)
+    text = request.headers.get(JSON_LENGTH, str(size))
+    if not text.isdecimal() or len(text) > 18 or int(text) > size:
+        raise malformed(f"Inference-Header-Content-Length must say how many of the {size} bytes are JSON")
     return int(text)
 
 
@@ -119,17 +113,15 @@ class _Wanted:
     """Which of the outputs are to follow the JSON."""
 
 
-def _read(body: bytes, json_length: int | None, model: Model, most: int) -> _Wanted:
+def _read(body: bytes, json_length: int, model: Model, most: int) -> _Wanted:
     """Raises Refusal for what the model cannot answer. Nothing but the images is kept of what a body unpacks to."""
-    if json_length is not None and json_length > len(body):
-        raise _bad(f"Inference-Header-Content-Length is {json_length}, the body has {len(body)} bytes")
-    split = len(body) if json_length is None else json_length
     try:
-        document = json.loads(body[:split])
+        document = json.loads(body[:json_length])
     except (ValueError, RecursionError):
-        raise _bad('the request is not JSON: send {"inputs": [{"name", "shape", "datatype", "data"}]}') from None
+        text = 'the request is not JSON: send {"inputs": [{"name", "shape", "datatype", "data"}]}'
+        raise malformed(text) from None
     where = "the request"
-    inputs = _tensors(_field(document, "inputs", list, where), memoryview(body)[split:])
+    inputs = _tensors(_field(document, "inputs", list, where), memoryview(body)[json_length:])
     entries = _field(document, "outputs", list, where, [])
     usual = _field(_field(document, "parameters", dict, where, {}), "binary_data_output", bool, where, False)
     asked, raw = [], []
@@ -153,7 +145,7 @@ def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
         name, datatype = _field(entry, "name", str, where), _field(entry, "datatype", str, where)
         shape = _field(entry, "shape", list, where)
         if not all(type(length) is int for length in shape):
-            raise _bad("shape of an input must be a list of whole numbers")
+            raise malformed("shape of an input must be a list of whole numbers")
         size = _field(_field(entry, "parameters", dict, where, {}), "binary_data_size", int, where, None)
         if size is None:
             data = _field(entry, "data", list, where)
@@ -162,9 +154,9 @@ def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
             found.append(Tensor(name, datatype, shape, rest[:size]))
             rest = rest[size:]
         else:
-            raise _bad(f"binary_data_size does not fit the {len(rest)} bytes that are left behind the JSON")
+            raise malformed(f"binary_data_size must be at most the {len(rest)} bytes that are left behind the JSON")
     if rest:
-        raise _bad(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
+        raise malformed(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
     return found
 
 
@@ -174,7 +166,7 @@ def _decoded(data: Sequence[Any]) -> list[bytes]:
     try:
         return [base64.b64decode(text.encode("ascii"), validate=True) for text in texts]
     except (ValueError, AttributeError):
-        raise _bad("data of BYTES must be base64 strings in JSON: or send it raw behind the JSON") from None
+        raise malformed("data of BYTES must be base64 strings in JSON: or send it raw behind the JSON") from None
 
 
 _REQUIRED: Any = object()
@@ -190,12 +182,12 @@ _KINDS: dict[type, str] = {
 def _field(document: Any, key: str, kind: type[T], where: str, default: Any = _REQUIRED) -> T:
     """A field of a request, of the kind that it must have."""
     if not isinstance(document, dict):
-        raise _bad(f"{where} must be an object")
+        raise malformed(f"{where} must be an object")
     value = document.get(key, default)
     if value is _REQUIRED:
-        raise _bad(f"{where} has no {key}")
-    if value is not default and type(value) is not kind:
-        raise _bad(f"{key} of {where} must be {_KINDS[kind]}")
+        raise malformed(f"{where} has no {key}")
+    if value is not default and (type(value) is not kind or (kind is str and not is_text(value))):
+        raise malformed(f"{key} of {where} must be {_KINDS[kind]}")
     return value
 
 
@@ -215,7 +207,3 @@ def _response(about: dict[str, Any], outputs: Sequence[Output], raw: Sequence[bo
     head = json.dumps(document, separators=(",", ":")).encode()
     headers = {JSON_LENGTH: str(len(head))}
     return Response(b"".join([head, *tail]), media_type="application/octet-stream", headers=headers)
-
-
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "bad_request", message)

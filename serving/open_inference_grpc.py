@@ -22,6 +22,7 @@ from serving.open_inference_tensors import (
     check_name,
     checked,
     images_of,
+    malformed,
     model_metadata,
     outputs_of,
     server_metadata,
@@ -90,14 +91,15 @@ def _guarded(method: Method) -> Method:
 class InferenceService:
     """Answers the protocol's calls.
 
-    `model_of(context, version)` gives the model that answers a call, which may be for a version or, where that is
-    empty, for any. It raises Refusal where none may. The server's metadata, liveness and readiness are answered without
-    it. `local_only` refuses callers on other machines: a replica of Serve listens for calls on every address, also
-    where the endpoint is at a loopback one. Serve finds a method by its name, and gives the context by its own.
+    `model_of(context, version, infers)` gives the model that answers a call, which may be for a version or, where that
+    is empty, for any, and may want more than metadata. It raises Refusal where none may. The server's metadata,
+    liveness and readiness are answered without it. `local_only` refuses callers on other machines: a replica of Serve
+    listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
+    name, and gives the context by its own.
     """
 
     def __init__(
-        self, model_of: Callable[[Context, str], Awaitable[Model]], max_images: int, local_only: bool = False
+        self, model_of: Callable[[Context, str, bool], Awaitable[Model]], max_images: int, local_only: bool = False
     ) -> None:
         self.__model_of, self.__max_images, self.__local_only = model_of, max_images, local_only
 
@@ -141,7 +143,7 @@ class InferenceService:
         self, request: messages.ModelInferRequest, grpc_context: Context
     ) -> messages.ModelInferResponse:
         """What the model says of the images; raw where the request is."""
-        model = await self.__named(request.model_name, request.model_version, grpc_context)
+        model = await self.__named(request.model_name, request.model_version, grpc_context, infers=True)
         asked = checked([Asked(output.name, _classification(output.parameters)) for output in request.outputs])
         answers = await model.predict(images_of(_tensors(request), model, self.__max_images))
         response = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
@@ -156,10 +158,10 @@ class InferenceService:
                 getattr(told.contents, VALUES[output.datatype]).extend(encoded)
         return response
 
-    async def __named(self, name: str, version: str, context: Context) -> Model:
+    async def __named(self, name: str, version: str, context: Context, infers: bool = False) -> Model:
         if self.__local_only and not context.peer().startswith(LOOPBACK):
             raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
-        model = await self.__model_of(context, version)
+        model = await self.__model_of(context, version, infers)
         check_name(model, name, version)
         return model
 
@@ -167,9 +169,11 @@ class InferenceService:
 def _tensors(request: messages.ModelInferRequest) -> list[Tensor]:
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise _bad(f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs: send one for each")
+        raise malformed(
+            f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs: send one for each"
+        )
     if raw and any(entry.HasField("contents") for entry in request.inputs):
-        raise _bad("the inputs have contents beside raw_input_contents: send either")
+        raise malformed("the inputs have contents beside raw_input_contents: send either")
     if raw:
         data: list[Any] = [memoryview(tensor) for tensor in raw]
     else:
@@ -184,7 +188,7 @@ def _classification(parameters: Mapping[str, messages.InferParameter]) -> int:
     if "classification" not in parameters:
         return 0
     if parameters["classification"].WhichOneof("parameter_choice") != "int64_param":
-        raise _bad("classification of an output must be an int64_param")
+        raise malformed("classification of an output must be an int64_param")
     return parameters["classification"].int64_param
 
 
@@ -210,7 +214,3 @@ def serve_options(port: int, timeout_s: float) -> dict[str, Any]:
         # It would look the service up among messages of its own name, which are not here.
         "enable_reflection": False,
     }
-
-
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "bad_request", message)

@@ -113,6 +113,11 @@ class Output:
         return self.data.astype("<f4").tobytes()
 
 
+def malformed(message: str) -> Refusal:
+    """What a request is refused with that does not fit."""
+    return Refusal(400, "bad_request", message)
+
+
 def server_metadata() -> dict[str, Any]:
     """What a client may know about the server."""
     return {"name": "helio", "version": installed_version("helio"), "extensions": list(EXTENSIONS)}
@@ -149,20 +154,22 @@ def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[byt
     """What a model is to look at. Raises Refusal for what does not fit it, and for more than `most` images."""
     size = model.image_size
     if len(inputs) != 1:
-        raise _bad(f"the request has {len(inputs)} inputs: send either image or pixels")
+        raise malformed(f"the request has {len(inputs)} inputs: send either image or pixels")
     tensor = inputs[0]
     datatypes = {"image": "BYTES", "pixels": "UINT8"}
     if tensor.name not in datatypes:
-        raise _bad(f"there is no input {_shown(tensor.name)}: send either image or pixels")
+        raise malformed(f"there is no input {_shown(tensor.name)}: send either image or pixels")
     if tensor.datatype != datatypes[tensor.name]:
-        raise _bad(f"input {tensor.name} is {datatypes[tensor.name]}, got {_shown(tensor.datatype)}")
+        raise malformed(f"input {tensor.name} must be {datatypes[tensor.name]}, got {_shown(tensor.datatype)}")
     shape = tuple(tensor.shape)
     if tensor.name == "image":
         fits, wanted = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1), "[n] or [n, 1]"
     else:
         fits, wanted = len(shape) == 4 and shape[1:] == (size, size, 3), f"[n, {size}, {size}, 3]"
     if not fits or shape[0] < 1:
-        raise _bad(f"input {tensor.name} has the shape {wanted} with n of 1 or more, got {_shown(list(shape))}")
+        raise malformed(
+            f"input {tensor.name} must have the shape {wanted} with n of 1 or more, got {_shown(list(shape))}"
+        )
     if shape[0] > most:
         raise Refusal(413, "too_many_images", f"the request has more than the {most} images that are read: send fewer")
     return _encoded_images(tensor) if tensor.name == "image" else _pixels(tensor, shape)
@@ -173,11 +180,11 @@ def checked(asked: Sequence[Asked]) -> Sequence[Asked]:
     names = [output.name for output in asked]
     for output in asked:
         if output.name not in OUTPUTS or names.count(output.name) > 1:
-            raise _bad(f"output {_shown(output.name)}: ask for each of {', '.join(OUTPUTS)} once at most")
+            raise malformed(f"output {_shown(output.name)}: ask for each of {', '.join(OUTPUTS)} once at most")
         if output.classification and output.name != "probabilities":
-            raise _bad(f"output {output.name} has no classification: ask it of probabilities")
+            raise malformed(f"output {output.name} has no classification: ask it of probabilities")
         if output.classification < 0:
-            raise _bad(f"classification must be a number of classes, got {_shown(output.classification)}")
+            raise malformed(f"classification must be a number of classes, got {_shown(output.classification)}")
     return asked or [Asked(name) for name in OUTPUTS]
 
 
@@ -190,7 +197,9 @@ def _encoded_images(tensor: Tensor) -> list[bytes]:
     count = tensor.shape[0]
     images = _elements(tensor.data, count) if isinstance(tensor.data, memoryview) else list(tensor.data)
     if len(images) != count:
-        raise _bad(f"input image has the shape {list(tensor.shape)} and {len(images)} elements of data")
+        raise malformed(
+            f"input image has {len(images)} elements of data: its shape must say so, got {list(tensor.shape)}"
+        )
     return images
 
 
@@ -201,7 +210,7 @@ def _elements(raw: memoryview, most: int) -> list[bytes]:
     while place < len(raw) and len(elements) <= most:
         end = place + 4 + int.from_bytes(raw[place : place + 4], "little")
         if end > len(raw):
-            raise _bad("input image: its data ends within an element: put each one's length before it, four bytes")
+            raise malformed("input image: its data ends within an element: put each one's length before it, four bytes")
         elements.append(bytes(raw[place + 4 : end]))
         place = end
     return elements
@@ -215,13 +224,13 @@ def _pixels(tensor: Tensor, shape: tuple[int, ...]) -> Pixels:
             # Straight to uint8, a fraction would be cut off without a word.
             numbers = np.array(tensor.data, np.float64)
         except (ValueError, TypeError, OverflowError):
-            raise _bad("input pixels: its data must be whole numbers from 0 to 255") from None
+            raise malformed("input pixels: its data must be whole numbers from 0 to 255") from None
         with np.errstate(invalid="ignore"):
             pixels = numbers.astype(np.uint8)
         if not np.array_equal(pixels, numbers):
-            raise _bad("input pixels: its data must be whole numbers from 0 to 255")
+            raise malformed("input pixels: its data must be whole numbers from 0 to 255")
     if pixels.size != prod(shape):
-        raise _bad(f"input pixels has the shape {list(shape)} and {pixels.size} elements of data")
+        raise malformed(f"input pixels has {pixels.size} elements of data: its shape must say so, got {list(shape)}")
     return pixels.reshape(shape)
 
 
@@ -242,10 +251,6 @@ def _output(asked: Asked, model: Model, answers: Answers) -> Output:
         for place in places
     ]
     return Output(asked.name, [count, kept], told)
-
-
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "bad_request", message)
 
 
 def _shown(sent: object) -> str:

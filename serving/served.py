@@ -1,11 +1,12 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,16 @@ from jobs.bundle import Bundle
 from jobs.data.decode import DecodeError, Pixels, decode_to_size
 from jobs.registry import ModelVersion
 from serving.batching import Answer, Batcher
+from serving.metrics.replica import Arm, Metrics
 from serving.upload import Refusal
 
+Role = Literal["champion", "candidate"]
 INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
+INLINE_BYTES = 4 * INLINE_PIXELS
+"""Files up to this are looked at where they arrive. Of a larger one the structure alone can take a second to follow."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,9 @@ class Served:
         max_batch_size: int,
         wait_s: float,
         decoders: ThreadPoolExecutor,
-        told: Callable[[int], None],
+        turn: threading.Lock,
     ) -> None:
-        """`told` is called with the size of each batch. Raises CheckpointError when the bundle is not the registered
+        """Versions that share `turn` run one at a time. Raises CheckpointError when the bundle is not the registered
         one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
@@ -51,19 +58,40 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._batcher = Batcher(self._loaded.predict_pixels, (self.size, self.size, 3), max_batch_size, wait_s, told)
+        self._batcher = Batcher(
+            self._loaded.predict_pixels,
+            (self.size, self.size, 3),
+            max_batch_size,
+            wait_s,
+            lambda size: self.arm.batch(size),
+            turn,
+        )
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
+        self.users = 0
+        """Requests that have chosen it and are not answered yet."""
+
+    def play(self, role: Role, metrics: Metrics) -> None:
+        """Answer in this role from now on, and be counted in it."""
+        version = self.version.version
+        self.arm: Arm = metrics.arm(role, version)
+        self.shadow: Arm = metrics.arm("shadow", version)
+        self.role: Role = role
+        self.arm.loaded(self.version.digest, self.load_s)
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
+        size = len(image) if pixels <= INLINE_PIXELS else INLINE_BYTES + 1
         try:
-            if pixels <= INLINE_PIXELS:
-                return decode_to_size(image, self.size)
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._decoders, decode_to_size, image, self.size)
+            return await self.beside(size, decode_to_size, image, self.size)
         except DecodeError as error:
             raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
+
+    async def beside(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """Do work on a file of so many bytes, in another thread where it may take long."""
+        if size <= INLINE_BYTES:
+            return work(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *arguments)
 
     def check_options(self, options: Options) -> None:
         """Raises Refusal for what this version cannot answer."""
@@ -88,6 +116,10 @@ class Served:
     async def check(self) -> None:
         """Raises what the model raises, where it no longer answers."""
         await self._batcher.ask(np.zeros((self.size, self.size, 3), np.uint8))
+
+    def label(self, answer: Answer) -> str:
+        """The most probable one."""
+        return str(self.classes[top(answer.probabilities, 1)[0]])
 
     def describe(self, answer: Answer, options: Options) -> dict[str, Any]:
         """An answer as JSON."""

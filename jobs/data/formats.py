@@ -8,6 +8,7 @@ were whole: so the size is read, and the file followed to its end, first. Each r
 import re
 import struct
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 Size = tuple[int, int]
 
@@ -24,6 +25,8 @@ _NOT_DECODED = {
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _MARKUP = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*<(?:[?!a-zA-Z])")
+_MOST_BRANDS, _MOST_AVIF_SIZES, _MOST_TIFF_VALUES, _LONGEST_PPM_HEADER = 256, 1024, 1 << 20, 4096
+"""Far more than any writer makes. Without them a file could keep a reader busy for minutes, or fill the memory."""
 DECODED = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and PPM are"
 
 
@@ -36,7 +39,8 @@ def kind(data: bytes) -> str:
         if data.startswith(signature) and (name != "WebP" or data[8:12] == b"WEBP"):
             return name
     if data[4:8] == b"ftyp":
-        brands = [data[8:12], *(data[at : at + 4] for at in range(16, min(len(data), _u32(data, 0)), 4))]
+        end = min(len(data), _u32(data, 0), 8 + 4 * _MOST_BRANDS)
+        brands = [data[8:12], *(data[at : at + 4] for at in range(16, end, 4))]
         if b"avif" in brands or b"avis" in brands:
             return "AVIF"
         if any(brand in _HEIF_BRANDS for brand in brands):
@@ -192,7 +196,7 @@ def _bmp(data: bytes) -> Size:
 
 
 def _ppm(data: bytes) -> Size:
-    match = re.match(rb"P[56]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(\d{1,9})" + rb"\s", data)
+    match = re.match(rb"P[56]" + 3 * rb"\s+(?:#[^\n]*\n\s*)*(\d{1,9})" + rb"\s", data[:_LONGEST_PPM_HEADER])
     if match is None:
         raise ValueError("the PPM file has no whole header")
     width, height, most = (int(group) for group in match.groups())
@@ -208,12 +212,17 @@ def _avif(data: bytes) -> Size:
         length = _u32(data, end)
         if length == 0:
             break
-        end += length if length > 1 else int(struct.unpack_from(">Q", data, end + 8)[0])
+        if length == 1:
+            length = int(struct.unpack_from(">Q", data, end + 8)[0])
+        if length < 8:
+            raise ValueError("the AVIF file has a box that does not hold its own head")
+        end += length
     if end > len(data):
         raise IndexError
-    sizes = [(_u32(data, m.end() + 8), _u32(data, m.end() + 4)) for m in re.finditer(b"ispe", data)]
-    if not sizes:
-        raise ValueError("the AVIF file does not state its size")
+    found = list(islice(re.finditer(b"ispe", data), _MOST_AVIF_SIZES + 1))
+    if not 0 < len(found) <= _MOST_AVIF_SIZES:
+        raise ValueError(f"the AVIF file states {'too many sizes' if found else 'no size'}")
+    sizes = [(_u32(data, match.end() + 8), _u32(data, match.end() + 4)) for match in found]
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
@@ -231,10 +240,12 @@ def _tiff(data: bytes) -> Size:
     tags: dict[int, tuple[int, ...]] = {}
     for at in range(first, first + min(count, 4096) * entry, entry):
         tag, type_, number = struct.unpack_from(order + "HH" + word, data, at)
-        if type_ in _TIFF_TYPES and tag in _TIFF_WANTED:
+        if type_ in _TIFF_TYPES and tag in _TIFF_WANTED and tag not in tags:
             form = f"{order}{number}{_TIFF_TYPES[type_]}"
             if number > len(data):
                 raise IndexError
+            if number > _MOST_TIFF_VALUES:
+                raise ValueError(f"the TIFF file has more than {_MOST_TIFF_VALUES:,} values of one kind")
             place = at + entry - (8 if big else 4)
             if struct.calcsize(form) > (8 if big else 4):
                 place = struct.unpack_from(order + word, data, place)[0]

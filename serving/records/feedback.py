@@ -177,7 +177,7 @@ def _check(request_id: str, label: str, classes: Collection[str], image: int, co
     if not 0 < len(request_id) <= MAX_REQUEST_ID:
         raise HelioError(f"request_id must have 1 to {MAX_REQUEST_ID} characters, got {len(request_id)}")
     if not 0 <= image < 2**31:
-        raise HelioError(f"image must be the place of an image in its request, from 0, got {image}")
+        raise HelioError(f"image must be the place of an image in its request, from 0, got {str(image)[:20]}")
     if comment is not None and len(comment) > MAX_COMMENT:
         raise HelioError(f"comment must have at most {MAX_COMMENT:,} characters, got {len(comment):,}")
     if label not in classes:

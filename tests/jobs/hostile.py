@@ -82,6 +82,8 @@ def bombs() -> dict[str, tuple[bytes, Outcome]]:
     webp_canvas = b"VP8X" + struct.pack("<I", 10) + bytes(4) + 2 * (side - 1).to_bytes(3, "little")
     avif = save(Image.fromarray(picture()), "AVIF")
     size = avif.index(b"ispe") + 8
+    box = struct.pack(">I4s4sI", 16, b"ftyp", b"avif", 0)
+    tags = struct.pack("<HHII", 273, 1, 2 * 10**6, 8) * 4000
     progressive = save(Image.fromarray(picture()), "JPEG", progressive=True)
     scan = progressive.rindex(b"\xff\xda")
     return {
@@ -98,6 +100,13 @@ def bombs() -> dict[str, tuple[bytes, Outcome]]:
         "bomb-tile.tiff": (tiff(tiles, bytes(16)), TOO_LARGE),
         "bomb-strip.tiff": (tiff(endless, bytes(16)), CUT),
         "bomb.avif": (avif[:size] + struct.pack(">II", side, side) + avif[size + 8 :], TOO_LARGE),
+        "bomb-box.avif": (box + struct.pack(">I4sQ", 1, b"free", 0), "does not hold its own head"),
+        "bomb-sizes.avif": (box + struct.pack(">I", 200_004) + b"ispe" * 50_000, "too many sizes"),
+        "bomb-tags.tiff": (
+            b"II*\0" + struct.pack("<IH", 8, 4000) + tags + bytes(2 * 10**6),
+            "values of one",
+        ),
+        "bomb-comments.ppm": (b"P6 " + b"#\n" * 10**6, "no whole header"),
         "bomb.ppm": (b"P6 60000 60000 255\n" + bytes(100), CUT),
         "bomb-text.png": (
             png(4, 4, zlib.compress(bytes(52)), extra=chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(200_000_000)))),

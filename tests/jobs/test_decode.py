@@ -52,6 +52,13 @@ def test_formats_decode_to_rgb(suffix: str) -> None:
     assert pixels[:, 30:, 0].mean() < 60
 
 
+def test_a_large_picture_is_resized_in_bands_as_if_whole() -> None:
+    coarse = np.random.default_rng(1).integers(0, 256, (60, 60, 3), np.uint8)
+    square = np.asarray(cv2.resize(coarse, (1531, 1531), interpolation=cv2.INTER_CUBIC), np.uint8)
+    whole = cv2.resize(square.astype(np.float32), (224, 224), interpolation=cv2.INTER_AREA)
+    assert np.abs(decode_to_size(_encode(square[:, :, ::-1].copy(), ".png"), 224) - whole).max() < 0.51
+
+
 def test_grey_and_transparent_images_become_rgb() -> None:
     assert decode_image(_encode(GRADIENT[:, :, 0], ".jpg")).shape == (40, 60, 3)
     assert decode_image(_encode(np.dstack([GRADIENT, GRADIENT[:, :, 0]]), ".png")).shape == (40, 60, 3)

@@ -36,6 +36,7 @@ LIMITS = {
     "batch_wait_timeout_s": 0.05,
     "max_request_bytes": 100_000,
     "max_images": 32,
+    "request_timeout_s": 8.0,
     "top_k": 3,
     "check_images": 6,
 }

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,12 @@ from serving.metrics.replica import Metrics
 from serving.records.config import RecordConfig
 from serving.records.feedback import Feedback
 from serving.records.log import PredictionLog
+from serving.records.lookup import find_predictions
+from serving.rollout.arms import Arms
+from serving.rollout.audit import AuditLog
+from serving.rollout.config import RolloutConfig
+from serving.rollout.director import Director
+from serving.rollout.state import Version
 from serving.served import Served
 from tests.serving.conftest import CLASSES, picture
 from tests.serving.scripted import error, scripted
@@ -168,10 +175,13 @@ class HeldVersion(ModelVersion):
 async def replica(model: HeldModel, directory: Path, **config: Any) -> AsyncIterator[tuple[Served, httpx.AsyncClient]]:
     """A replica of `model`, and a client that asks it."""
     with ThreadPoolExecutor(1) as pool:
-        served = Served(HeldVersion("held", "1", directory, "0", model), 4, 0.0, pool, lambda size: None)
-        log, link = PredictionLog(directory, "r", RecordConfig()), SimpleNamespace()
-        desk = Desk(link, Metrics("r", "held"), log, Feedback(directory, "r"), keys=False)  # type: ignore[arg-type]
-        transport = httpx.ASGITransport(Api(served, ServeConfig(**config), desk))
+        served = Served(HeldVersion("held", "1", directory, "0", model), 4, 0.0, pool, threading.Lock())
+        log, metrics = PredictionLog(directory, "r", RecordConfig()), Metrics("r", "held")
+        link: Any = SimpleNamespace()
+        desk = Desk(link, metrics, log, Feedback(directory, "r"), partial(find_predictions, directory), keys=False)
+        serves = Version("1", "0", str(directory))
+        view = Director(AuditLog(directory / "control.db"), "e", serves, RolloutConfig()).view
+        transport = httpx.ASGITransport(Api(Arms(lambda _: served, metrics, view), ServeConfig(**config), desk))
         model.done.clear()
         model.threads.clear()
         try:

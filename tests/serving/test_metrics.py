@@ -275,9 +275,9 @@ def constants(functions: set[str]) -> Iterator[str]:
 
 
 def test_the_endpoints_own_routes_and_codes_are_told_by_name() -> None:
-    served: Any = SimpleNamespace(classes=["a"], version=SimpleNamespace(version="7"))
-    desk: Any = SimpleNamespace(metrics=Metrics("a", "flowers"))
-    routes = set(Api(served, ServeConfig(), desk).routes)
+    arms: Any = SimpleNamespace()
+    desk: Any = SimpleNamespace(metrics=Metrics("a", "flowers"), log=None, find=None)
+    routes = set(Api(arms, ServeConfig(), desk).routes)
     codes = {text for text in constants({"Refusal", "error_document"}) if re.fullmatch("[a-z_]+", text)}
     assert routes and routes <= ROUTES
     assert codes and codes <= CODES

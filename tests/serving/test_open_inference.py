@@ -27,7 +27,7 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
@@ -102,11 +102,11 @@ def application(protocol: open_inference.OpenInference) -> FastAPI:
         try:
             return await protocol.respond(request)
         except Refusal as error:
-            return open_inference.error_response(error.message, error.status)
+            return JSONResponse({"error": error.message}, error.status)
         except HTTPException as error:
-            return open_inference.error_response(error.detail, error.status_code, error.headers)
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
         except RuntimeError:
-            return open_inference.error_response("its log has the details", 500)
+            return JSONResponse({"error": "its log has the details"}, 500)
 
     return app
 
@@ -419,13 +419,13 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "both": ({"inputs": [image_input(), pixel_input()]}, 400, "2 inputs: send either image or pixels"),
     "other name": ({"inputs": [image_input(name="x")]}, 400, "no input 'x': send either image or pixels"),
     "a long name": ({"inputs": [image_input(name="x" * 9999)]}, 400, "xxx...: send either"),
-    "other datatype": ({"inputs": [image_input(datatype="UINT8", data=[1])]}, 400, "image is BYTES, got 'UINT8'"),
-    "floats": ({"inputs": [pixel_input(datatype="FP32")]}, 400, "pixels is UINT8, got 'FP32'"),
+    "other datatype": ({"inputs": [image_input(datatype="UINT8", data=[1])]}, 400, "image must be BYTES, got 'UINT8'"),
+    "floats": ({"inputs": [pixel_input(datatype="FP32")]}, 400, "pixels must be UINT8, got 'FP32'"),
     "no shape": ({"inputs": [without(image_input(), "shape")]}, 400, "an input has no shape"),
     "odd shape": ({"inputs": [image_input(shape=[1, "1"])]}, 400, "must be a list of whole numbers"),
-    "two columns": ({"inputs": [image_input(shape=[1, 2])]}, 400, "has the shape [n] or [n, 1]"),
+    "two columns": ({"inputs": [image_input(shape=[1, 2])]}, 400, "must have the shape [n] or [n, 1]"),
     "no image": ({"inputs": [image_input(shape=[0], data=[])]}, 400, "with n of 1 or more, got [0]"),
-    "fewer images": ({"inputs": [image_input(shape=[2])]}, 400, "the shape [2] and 1 elements"),
+    "fewer images": ({"inputs": [image_input(shape=[2])]}, 400, "has 1 elements of data"),
     "negative": ({"inputs": [image_input(shape=[-1])]}, 400, "with n of 1 or more"),
     "too many": ({"inputs": [image_input(shape=[MOST + 1])]}, 413, f"more than the {MOST} images"),
     "no data": ({"inputs": [without(image_input(), "data")]}, 400, "an input has no data"),
@@ -436,15 +436,15 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "a large picture": (
         {"inputs": [pixel_input(shape=[1, 8, 8, 3])]},
         400,
-        f"has the shape [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3] with n of 1 or more, got [1, 8, 8, 3]",
+        f"must have the shape [n, {IMAGE_SIZE}, {IMAGE_SIZE}, 3] with n of 1 or more, got [1, 8, 8, 3]",
     ),
-    "too few pixels": ({"inputs": [pixel_input(data=[1, 2])]}, 400, "and 2 elements of data"),
+    "too few pixels": ({"inputs": [pixel_input(data=[1, 2])]}, 400, "has 2 elements of data"),
     "ragged": ({"inputs": [pixel_input(data=[[1], [1, 2]])]}, 400, "whole numbers from 0 to 255"),
     "too bright": ({"inputs": [pixel_input(data=[256] * PIXELS[0].size)]}, 400, "whole numbers from 0 to 255"),
     "scaled": ({"inputs": [pixel_input(data=[0.5] * PIXELS[0].size)]}, 400, "whole numbers from 0 to 255"),
     "words": ({"inputs": [pixel_input(data=["x" * 99] * 9)]}, 400, "whole numbers from 0 to 255"),
     "odd parameters": ({"inputs": [image_input(parameters=3)]}, 400, "parameters of an input must be an object"),
-    "raw, of no size": ({"inputs": [image_input(parameters={"binary_data_size": 9})]}, 400, "does not fit the 0 bytes"),
+    "raw, of no size": ({"inputs": [image_input(parameters={"binary_data_size": 9})]}, 400, "at most the 0 bytes"),
     "odd id": ({"inputs": [image_input()], "id": 3}, 400, "id of the request must be a string"),
     "other output": ({"inputs": [image_input()], "outputs": [{"name": "x"}]}, 400, "output 'x': ask for each of"),
     "one twice": ({"inputs": [image_input()], "outputs": [{"name": "label"}] * 2}, 400, "once at most"),
@@ -479,14 +479,14 @@ def test_what_is_wrong_is_refused_with_what_to_do(servers: Servers, fault: str) 
 @pytest.mark.parametrize(
     ("body", "length", "message"),
     [
-        (b"{}", "3", "is 3, the body has 2 bytes"),
-        (b"{}", "two", "must be the number of bytes"),
-        (b"{}", "-1", "must be the number of bytes"),
+        (b"{}", "3", "how many of the 2 bytes are JSON"),
+        (b"{}", "two", "how many of the 2 bytes are JSON"),
+        (b"{}", "-1", "how many of the 2 bytes are JSON"),
         (b"{}", "0", "is not JSON"),
         (b"\x03\0\0\0cat!", None, "1 bytes belong to no tensor"),
         (b"\x09\0\0\0cat", None, "ends within an element"),
         (b"\x09\0", None, "ends within an element"),
-        (b"\x03\0\0\0cat\x03\0\0\0cat\x03\0\0\0cat", None, "the shape [1] and 2 elements"),
+        (b"\x03\0\0\0cat\x03\0\0\0cat\x03\0\0\0cat", None, "has 2 elements of data"),
     ],
 )
 def test_raw_tensors_that_do_not_add_up_are_refused(
@@ -555,7 +555,7 @@ GRPC_FAULTS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
     "other version": (infer_request(model_version="9"), grpc.StatusCode.NOT_FOUND, "version '9' of tiny"),
     "other name": (infer_request(IMAGE | {"name": "x"}), grpc.StatusCode.INVALID_ARGUMENT, "no input 'x'"),
     "other type": (infer_request(IMAGE | {"datatype": "FP16"}), grpc.StatusCode.INVALID_ARGUMENT, "got 'FP16'"),
-    "no data": (infer_request(IMAGE), grpc.StatusCode.INVALID_ARGUMENT, "shape [1] and 0 elements"),
+    "no data": (infer_request(IMAGE), grpc.StatusCode.INVALID_ARGUMENT, "has 0 elements of data"),
     "too many": (infer_request(IMAGE | {"shape": [9]}), grpc.StatusCode.INVALID_ARGUMENT, "more than the 8 images"),
     "no picture": (
         infer_request(IMAGE, raw=[b"\x03\0\0\0cat"]),

@@ -1,0 +1,261 @@
+"""How a request gets its answer: which version gives it, what is done when that one fails, and what is kept of it."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from jobs.data.decode import DecodeError, Pixels, pixel_size
+from serving.admission import Admission
+from serving.batching import Answer
+from serving.config import ServeConfig
+from serving.metrics.families import NO_ARM
+from serving.metrics.replica import Metrics
+from serving.records.log import DRAIN_S, PredictionLog, Record
+from serving.records.lookup import Lookup
+from serving.rollout.arms import Arms
+from serving.served import Role, Served, top
+from serving.upload import Refusal, is_open_inference
+
+JUDGED = 100_000
+"""Labelled answers that are counted in one replica."""
+OWN_FAULTS = ("internal", "too_slow")
+"""Codes of what is a version's own doing."""
+T = TypeVar("T")
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass
+class Inquiry:
+    """What is known of a request while it is worked on."""
+
+    began: float
+    route: str
+    request_id: str
+    secret: str | None = None
+    who: str | None = None
+    """The user that the request names."""
+    images: int = 0
+    code: str | None = None
+    admission: Admission | None = None
+    decode_s: float | None = None
+    wait_s: float | None = None
+    model_s: float | None = None
+    served: Served | None = None
+    """The version that answers."""
+    role: Role = "champion"
+    stage: str = ""
+    """That of the roll-out when the version was chosen."""
+    failed: Served | None = None
+    """A candidate that could not answer; the champion did."""
+    held: list[Served] = field(default_factory=list)
+    """Versions that are not to be given up before the answer is out."""
+
+    def slower(self, decode_s: float, wait_s: float, model_s: float) -> None:
+        """Of several images, a stage is that of the slowest."""
+        self.decode_s = max(self.decode_s or 0.0, decode_s)
+        self.wait_s, self.model_s = max(self.wait_s or 0.0, wait_s), max(self.model_s or 0.0, model_s)
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether it is of the Open Inference Protocol, which has errors of its own form."""
+        return is_open_inference(self.route)
+
+    @property
+    def asker(self) -> str | None:
+        """The user, or else the key."""
+        return self.who or (self.admission.key_id if self.admission else None)
+
+
+class Answering:
+    """Answers images by the versions that a replica holds."""
+
+    def __init__(
+        self,
+        arms: Arms,
+        config: ServeConfig,
+        metrics: Metrics,
+        log: PredictionLog,
+        find: Callable[[str], Lookup],
+    ) -> None:
+        """`find` gives what was predicted for a request id."""
+        self.arms, self._config, self._log, self._find = arms, config, log, find
+        self._judged: set[tuple[str, int]] = set()
+        self._nobody = metrics.arm(NO_ARM)
+
+    @property
+    def labels(self) -> int:
+        """How many labels an answer has where no number is asked for."""
+        return min(self._config.top_k, len(self.arms.champion.classes))
+
+    def choose(self, inquiry: Inquiry, version: str = "") -> Served:
+        """The version that answers; the one that was asked for, where it may."""
+        served = self.arms.choose(inquiry.asker or inquiry.request_id, version)
+        self.begin(inquiry, served)
+        return served
+
+    def begin(self, inquiry: Inquiry, served: Served) -> None:
+        """This version answers."""
+        served.users += 1
+        inquiry.held.append(served)
+        inquiry.served, inquiry.role, inquiry.stage = served, served.role, self.arms.stage
+
+    async def reliably(self, inquiry: Inquiry, work: Callable[[Served], Awaitable[T]]) -> T:
+        """The result of `work` with the chosen version or, where that is a candidate which fails, with the champion."""
+        served = inquiry.served
+        assert served is not None
+        if inquiry.role == "champion":
+            return await work(served)
+        try:
+            # Half of the time is left for the champion.
+            async with asyncio.timeout(self._config.request_timeout_s / 2):
+                return await work(served)
+        except Refusal:
+            raise
+        except Exception:
+            logger.exception("candidate %s failed on request %s", served.version.version, inquiry.request_id)
+        served.arm.error("internal")
+        inquiry.failed = served
+        self.begin(inquiry, self.arms.champion)
+        return await work(self.arms.champion)
+
+    async def ask(
+        self, image: bytes | Pixels, place: int, inquiry: Inquiry, served: Served, heat_map: bool = False
+    ) -> Answer:
+        """What a version says of one image of a request, encoded or as it sees it; it is recorded. Raises Refusal."""
+        role, stage, began = inquiry.role, inquiry.stage, time.perf_counter()
+        pixels, size = await self._decoded(image, served)
+        decode_s = time.perf_counter() - began
+        answer = await served.ask(pixels, heat_map)
+        inquiry.slower(decode_s, answer.wait_s, answer.model_s)
+        stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
+        stages["total"] = time.perf_counter() - inquiry.began
+        self._record(inquiry, served, place, role, answer, stages, image, size)
+        other = self.arms.other(role) if place == 0 else None
+        if other is not None:
+            self.arms.compare(self._compare(other, image, pixels, stage, inquiry, served.label(answer)))
+        return answer
+
+    def judge(self, request_id: str, image: int, label: str) -> None:
+        """A user says what an image shows: how right the versions were, counts in a roll-out. Once for each image."""
+        if not self.arms.is_watching or (request_id, image) in self._judged or len(self._judged) >= JUDGED:
+            return
+        self._judged.add((request_id, image))
+        self.arms.compare(self._judge(request_id, image, label))
+
+    async def _judge(self, request_id: str, image: int, label: str) -> None:
+        # What was answered just now is not in the log yet.
+        for pause_s in (0.0, self._config.records.flush_s + DRAIN_S):
+            await asyncio.sleep(pause_s)
+            found = await asyncio.to_thread(self._find, request_id)
+            rows = [row for row in found.rows if row["image"] == image and row["label"] is not None]
+            if rows:
+                break
+        for row in rows:
+            if row["at"].timestamp() >= self.arms.started:
+                self.arms.judge(row["digest"], row["label"] != label)
+
+    def finish(self, inquiry: Inquiry, status: int) -> None:
+        """Count an answered request."""
+        served = inquiry.served
+        (served.arm if served else self._nobody).request(
+            inquiry.route,
+            status,
+            time.perf_counter() - inquiry.began,
+            decode_s=inquiry.decode_s,
+            wait_s=inquiry.wait_s,
+            model_s=inquiry.model_s,
+            images=inquiry.images,
+            code=inquiry.code,
+        )
+        for held in inquiry.held:
+            held.users -= 1
+        if served is None or not self.arms.is_watching:
+            return
+        if inquiry.failed is not None:
+            self.arms.count(inquiry.stage, "candidate", None)
+        elif inquiry.code in OWN_FAULTS:
+            self.arms.count(inquiry.stage, inquiry.role, None)
+        elif inquiry.model_s is not None:
+            # The time in the queue is the load's, and that of both.
+            self.arms.count(inquiry.stage, inquiry.role, inquiry.model_s)
+
+    async def _decoded(self, image: bytes | Pixels, served: Served) -> tuple[Pixels, tuple[int, int]]:
+        """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
+        if not isinstance(image, bytes):
+            return image, image.shape[:2]
+        height, width = await served.beside(len(image), self._check_size, image)
+        return await served.decode(image, height * width), (height, width)
+
+    async def _compare(
+        self, other: Served, image: bytes | Pixels, pixels: Pixels, stage: str, inquiry: Inquiry, label: str
+    ) -> None:
+        """Ask the other version the same. Nobody gets its answer, nor waits for it."""
+        other.users += 1
+        role, began = other.role, time.perf_counter()
+        try:
+            if other.size != pixels.shape[0]:
+                if not isinstance(image, bytes):
+                    return
+                pixels, _ = await self._decoded(image, other)
+            async with asyncio.timeout(self._config.request_timeout_s):
+                answer = await other.ask(pixels)
+        except Exception:
+            logger.exception("version %s failed on a copy of request %s", other.version.version, inquiry.request_id)
+            other.shadow.error("internal")
+            self.arms.count(stage, role, None)
+            return
+        finally:
+            other.users -= 1
+        agrees = other.label(answer) == label
+        other.shadow.compared(agrees)
+        self.arms.count(stage, role, answer.model_s)
+        self.arms.agree(stage, agrees)
+        stages = {"wait": answer.wait_s, "model": answer.model_s, "total": time.perf_counter() - began}
+        self._record(inquiry, other, 0, "shadow", answer, stages, image, pixels.shape[:2])
+
+    def _record(
+        self,
+        inquiry: Inquiry,
+        served: Served,
+        place: int,
+        arm: Any,
+        answer: Answer,
+        stages: Mapping[str, float],
+        image: bytes | Pixels,
+        size: tuple[int, int],
+    ) -> None:
+        best = top(answer.probabilities, self.labels)
+        self._log.add(
+            Record(
+                inquiry.request_id,
+                served.version,
+                place,
+                arm,
+                who=inquiry.asker,
+                labels=[served.classes[row] for row in best],
+                probabilities=[float(answer.probabilities[row]) for row in best],
+                latency_ms={name: 1000 * seconds for name, seconds in stages.items()},
+                data=image if isinstance(image, bytes) else None,
+                width=size[1],
+                height=size[0],
+            )
+        )
+
+    def _check_size(self, image: bytes) -> tuple[int, int]:
+        """(height, width). Raises Refusal."""
+        try:
+            height, width = pixel_size(image)
+        except DecodeError as error:
+            raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
+        if height * width > self._config.max_pixels:
+            raise Refusal(
+                413,
+                "too_many_pixels",
+                f"{width} x {height} pixels are more than the {self._config.max_pixels:,} that are decoded: send a "
+                "smaller image",
+            )
+        return height, width

@@ -1,0 +1,187 @@
+"""What stands around a whole replica: requests are taken in, within bounds, before Serve counts them.
+
+Serve gives a request one of the replica's slots as soon as its head is there. Who sends slowly would keep the slot from
+others, so a request gets to Serve whole or not at all.
+"""
+
+import asyncio
+import json
+import os
+import re
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.records.identity import new_request_id
+from serving.upload import Refusal, error_form
+
+SETTINGS_VARIABLE = "HELIO_REQUEST_GATE"
+
+LINGER_S = 5.0
+"""How long the rest of a refused body is read and thrown away: a client that is still sending then sees the answer."""
+
+SERVES_OWN_PATHS = ("/-/healthz", "/-/routes")
+SERVES_OWN_HEADERS = frozenset(
+    (
+        b"x_request_id",
+        b"x_request_disconnect_disabled",
+        b"x_request_timeout_seconds",
+        b"x_session_id",
+        b"serve_multiplexed_model_id",
+    )
+)
+"""Serve obeys these, and fails on bytes in them that are no UTF-8. Of a client's only its request id is kept."""
+REQUEST_ID = re.compile("[!-~]{1,200}")
+
+
+class RequestGate:
+    """ASGI middleware: bounds what a request may send and how long that may take; makes Serve's own refusals JSON."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float, most_held: int) -> None:
+        """At most `most_held` bytes are kept of all bodies together, and what each connection sends at once."""
+        self._app, self._max_bytes, self._timeout_s, self._most_held = app, max_bytes, timeout_s, most_held
+        self._held = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await _answer(send, Refusal(404, "not_found", "there are no WebSockets here: see POST /v1/predict"), scope)
+            return
+        if scope["type"] != "http" or scope["path"] in SERVES_OWN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        _set_own_headers(scope)
+        body: list[bytes] = []
+        try:
+            await self._take_in(scope, receive, body)
+            await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
+        except Refusal as error:
+            self._let_go(body)
+            await _answer(send, error, scope, None if error.status == 408 else receive)
+        except ClientDisconnect:
+            pass
+        finally:
+            self._let_go(body)
+
+    async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes]) -> None:
+        """Read the body, as one element. Raises Refusal, or ClientDisconnect."""
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            raise self._too_large()
+        size, more = 0, True
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientDisconnect
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    body.append(part)
+                    size += len(part)
+                    self._held += len(part)
+                    if size > self._max_bytes:
+                        raise self._too_large()
+                    # What comes in one piece gets in however much is held of others.
+                    if len(body) > 1 and self._held > self._most_held:
+                        raise _overloaded()
+        except TimeoutError:
+            text = f"the request did not arrive within {self._timeout_s:g} s: send it faster, or send less"
+            raise Refusal(408, "too_slow", text) from None
+        body[:] = [b"".join(body)]
+
+    def _let_go(self, body: list[bytes]) -> None:
+        self._held -= sum(map(len, body))
+        body.clear()
+
+    def _too_large(self) -> Refusal:
+        text = f"the request is larger than the {self._max_bytes:,} bytes that are read: send a smaller image"
+        return Refusal(413, "too_large", text)
+
+
+def _overloaded() -> Refusal:
+    text = "the endpoint has as many requests as it takes: try again after a moment"
+    return Refusal(503, "overloaded", text, retry_after_s=1)
+
+
+def _set_own_headers(scope: Scope) -> None:
+    sent = Headers(scope=scope).get("x-request-id", "")
+    request_id = sent if REQUEST_ID.fullmatch(sent) else new_request_id()
+    scope["headers"] = [
+        *(header for header in scope["headers"] if header[0].lower().replace(b"-", b"_") not in SERVES_OWN_HEADERS),
+        (b"x-request-id", request_id.encode()),
+        # Serve would watch each connection with a task of its own; who has gone is noticed when it is written to.
+        (b"x-request-disconnect-disabled", b"?1"),
+    ]
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """The same body in one piece."""
+    told = False
+
+    async def again() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def _answer(send: Send, refusal: Refusal, scope: Scope, rest: Receive | None = None) -> None:
+    """Refuse a request; `rest` gives what it still sends."""
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+    body = json.dumps(error_form(scope["path"], refusal)).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        "x-request-id": Headers(scope=scope).get("x-request-id", new_request_id()),
+        **refusal.headers,
+    }
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": f"{kind}.start", "status": refusal.status, "headers": raw})
+    await send({"type": f"{kind}.body", "body": body, "more_body": True})
+    if rest is not None:
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while (await rest()).get("more_body", False):
+                    pass
+        except TimeoutError:
+            pass
+    await send({"type": f"{kind}.body", "body": b""})
+
+
+def _overload_in_json(scope: Scope, send: Send) -> Send:
+    """Serve's own answer of a full queue is plain text; ours is JSON like every other error."""
+    body: bytes | None = None
+
+    async def send_json(message: Message) -> None:
+        nonlocal body
+        if message["type"] == "http.response.start" and message["status"] == 503:
+            headers = Headers(raw=message["headers"])
+            if headers.get("content-type", "").startswith("text/plain"):
+                body = json.dumps(error_form(scope["path"], _overloaded())).encode()
+                kept = [h for h in message["headers"] if h[0].lower() not in (b"content-type", b"content-length")]
+                own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+                message = {**message, "headers": [*kept, *own]}
+        elif body is not None and message["type"] == "http.response.body":
+            message = {"type": "http.response.body", "body": b"" if message.get("more_body") else body}
+        await send(message)
+
+    return send_json
+
+
+def replica_environment(max_bytes: int, timeout_s: float, max_requests: int) -> dict[str, str]:
+    """Variables that make a replica, which works on so many requests at once, put RequestGate around its server."""
+    settings = {"max_bytes": max_bytes, "timeout_s": timeout_s, "most_held": max_bytes * max_requests}
+    return {
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.replica_middlewares",
+        SETTINGS_VARIABLE: json.dumps(settings),
+    }
+
+
+def replica_middlewares() -> list[Middleware]:
+    """Called by Serve when the HTTP server of a replica starts."""
+    return [Middleware(RequestGate, **json.loads(os.environ[SETTINGS_VARIABLE]))]

@@ -1,0 +1,195 @@
+"""`helio rollout`: roll a version out step by step, at an endpoint that runs. It starts no Ray.
+
+helio rollout start --version 7 --why "trained on the new labels"
+helio rollout status --endpoint https://gpu-box:8000 --key-file key.txt
+helio rollout abort --why "the labels were wrong"
+"""
+
+import getpass
+import json
+import os
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
+
+import requests
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.errors import EndpointError, HelioError
+from serving.client import endpoint_url
+from serving.config import ServeConfig
+
+if TYPE_CHECKING:
+    from cluster.output import Output
+
+TIMEOUT_S = 30.0
+LINES = 10
+"""Entries of the audit log that a terminal has room for."""
+TITLES = {"error": "failed", "slow": "slow", "disagreement": "disagrees", "wrong": "wrong"}
+
+
+def change_command(
+    action: str,
+    version: str | None,
+    why: str | None,
+    endpoint: str | None,
+    key_file: str | None,
+    as_json: bool,
+    output: "Output",
+) -> int:
+    """`helio rollout start|pause|resume|promote|abort`: what the roll-out is after it."""
+    if not (why or "").strip():
+        raise HelioError(f'--why must say why, for the audit log, as in helio rollout {action} --why "new labels"')
+    order = {"action": action, "why": why}
+    if action == "start":
+        order["version"] = version or "candidate"
+    document = _call("POST", endpoint, key_file, order)
+    if as_json:
+        print(json.dumps(document, indent=2), file=output.results)
+    else:
+        print(_headline(document["rollout"]), file=output.results)
+    return 0
+
+
+def status_command(endpoint: str | None, key_file: str | None, as_json: bool, output: "Output") -> int:
+    """`helio rollout status`: where the roll-out stands, what both arms have shown, and the last of the audit log."""
+    document = _call("GET", endpoint, key_file)
+    if as_json:
+        print(json.dumps(document, indent=2), file=output.results)
+        return 0
+    rollout, audit = document["rollout"], document["audit"]
+    if rollout is None:
+        print(
+            "no version was rolled out yet: `helio rollout start --why WHY` begins with the candidate",
+            file=output.results,
+        )
+    else:
+        print(_headline(rollout), file=output.results)
+        print(f"stage {rollout['stage']} since {_moment(rollout['since'])}: {_needs(rollout)}", file=output.results)
+        console = Console(file=output.results, highlight=False)
+        console.print(_arms(rollout))
+    for entry in audit[-LINES:]:
+        print(f"{_moment(entry['at'])}  {entry['who']}  {entry['action']}: {entry['why']}", file=output.results)
+    if document.get("audit_fault"):
+        print(f"helio: {document['audit_fault']}", file=output.messages)
+    return 0
+
+
+def _headline(rollout: Mapping[str, Any]) -> str:
+    state = rollout["state"].replace("_", " ")
+    line = (
+        f"{state}: version {rollout['candidate']['version']} answers {100 * rollout['share']:g} % of users, "
+        f"version {rollout['champion']['version']} the others"
+    )
+    return f"{line} ({rollout['reason']})" if rollout["reason"] else line
+
+
+def _needs(rollout: Mapping[str, Any]) -> str:
+    """What the next step waits for."""
+    if rollout["state"] not in ("shadow", "sharing", "paused"):
+        return "it takes no more steps" if rollout["state"] != "loading" else "replicas load the candidate"
+    missing = rollout["min_requests"] - rollout["arms"]["candidate"]["requests"]
+    waits = [f"{missing} requests more"] if missing > 0 else []
+    open_tests = [TITLES[fault] for fault, test in rollout["tests"].items() if test["needed"] and test["safe"] < 1]
+    if open_tests:
+        waits.append(f"more evidence on {', '.join(open_tests)}")
+    told = f"the next step wants {' and '.join(waits)}" if waits else "the next step is earned"
+    return f"{told}, and a resume" if rollout["state"] == "paused" else told
+
+
+def _arms(rollout: Mapping[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("in this stage")
+    for arm in ("champion", "candidate"):
+        table.add_column(escape(f"{arm} {rollout[arm]['version']}"), justify="right")
+    for title in ("allowed", "harm", "for a step"):
+        table.add_column(title, justify="right")
+    arms = [rollout["arms"][arm]["requests"] for arm in ("champion", "candidate")]
+    table.add_row("requests", *(f"{count:,}" for count in arms), "", "", "")
+    for fault, test in rollout["tests"].items():
+        champion = "-" if fault == "disagreement" else _rate(test["champion"])
+        allowed = f"{'' if fault == 'disagreement' else '+'}{100 * test['tolerance']:g} %"
+        step = _percent(test["safe"]) if test["needed"] else "-"
+        table.add_row(TITLES[fault], champion, _rate(test["candidate"]), allowed, _percent(test["harm"]), step)
+    table.caption = "rates with bounds that hold whenever you look; harm at 100 % rolls back, a step wants 100 %"
+    table.caption_justify = "left"
+    return table
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    if not rate["n"]:
+        return "-"
+    return f"{rate['k']:,}: {100 * rate['rate']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.0f} %"
+
+
+def _moment(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _call(
+    method: str, endpoint: str | None, key_file: str | None, order: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    url = (endpoint or endpoint_url(ServeConfig())).rstrip("/")
+    key = _key(key_file)
+
+    def signed(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        else:
+            request.headers["X-User"] = quote(getpass.getuser())
+        return request
+
+    try:
+        # As `auth`: a header would give way to what ~/.netrc has for the host. A redirect would take the key elsewhere.
+        response = requests.request(
+            method, f"{url}/v1/rollout", json=order, auth=signed, timeout=TIMEOUT_S, allow_redirects=False
+        )
+    except requests.Timeout:
+        raise EndpointError(
+            f"{url} did not answer within {TIMEOUT_S:g} s: see what is with `helio rollout status`"
+        ) from None
+    except requests.exceptions.SSLError:
+        raise EndpointError(
+            f"no trusted TLS connection to {url}: look at its scheme, or set REQUESTS_CA_BUNDLE"
+        ) from None
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+        raise HelioError(f"--endpoint must be a URL as http://127.0.0.1:8000, got {url}") from None
+    except requests.RequestException:
+        raise EndpointError(f"no endpoint answers at {url}: start one with `helio deploy RECIPE`") from None
+    try:
+        document = response.json()
+        if response.status_code == 200 and "rollout" in document:
+            return cast(dict[str, Any], document)
+        message = document["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        raise EndpointError(
+            f"{url} answered {response.status_code}, but not as helio's endpoint does: is it one?"
+        ) from None
+    raise EndpointError(f"{url} answered {response.status_code}: {message}")
+
+
+def _key(key_file: str | None) -> str | None:
+    if key_file is None:
+        origin, key = "HELIO_API_KEY", os.environ.get("HELIO_API_KEY", "")
+        if not key:
+            return None
+    else:
+        origin = f"--key-file {key_file}"
+        try:
+            key = Path(key_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise HelioError(f"{origin} cannot be read: {reason}") from None
+    if not re.fullmatch(r"[!-~]+", key):
+        raise HelioError(f"{origin} must hold an API key and nothing else")
+    return key
