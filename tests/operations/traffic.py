@@ -68,6 +68,9 @@ class Traffic:
                 if came != "200":
                     self.bad.append((now, came))
                 self._changed.notify_all()
+            if came != "200":
+                # Who is refused does not come back at once: 16 people who do would take the machine for themselves.
+                time.sleep(0.1)
 
 
 def client_senders(url: str, image: bytes, count: int, key: str | None = None) -> list[Send]:
