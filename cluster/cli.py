@@ -61,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     deploy = commands.add_parser("deploy", help="serve the champion of a recipe's model until Ctrl-C")
     _add_recipe(deploy, required=True)
     deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")
+    deploy.add_argument(
+        "--tune-batching", action="store_true", help="serve nothing: find the batch size that answers most images"
+    )
+    deploy.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="that 99 of 100 answers keep within while tuning (default: 50)"
+    )
     deploy.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
     evaluate = commands.add_parser("evaluate", help="compare the pre-trained start of a run with one from scratch")
     evaluate.add_argument("run", metavar="RUN", help="a run that has finished pre-training")
@@ -462,6 +468,13 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         described["stages"] = [stage for stage in described["stages"] if stage["stage"] == "deploy"]
         _print_plan(described, arguments.json)
         return 0
+    if arguments.tune_batching:
+        tuned: int = catalog.load("serving.tune_batching:tune_command")(
+            recipe, profile, arguments.bundle, arguments.latency_ms, arguments.json, output
+        )
+        return tuned
+    if arguments.latency_ms is not None:
+        raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
     code: int = catalog.load("serving.deploy:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
     return code
 

@@ -109,6 +109,25 @@ class ReplicaResources(Section):
     threads: int = Field(default=1, ge=1)
 
 
+class TlsFiles(Section):
+    """A certificate for the endpoint and its key, PEM files on the node that takes the requests."""
+
+    certificate: str
+    """The endpoint's own first, then those that vouch for it."""
+    key: str
+    """Without a passphrase."""
+
+    @property
+    def certificate_path(self) -> Path:
+        """Absolute."""
+        return Path(os.path.expanduser(self.certificate)).absolute()
+
+    @property
+    def key_path(self) -> Path:
+        """Absolute."""
+        return Path(os.path.expanduser(self.key)).absolute()
+
+
 class Profile(Section):
     """Where a run executes: this machine (`address` empty) or a Ray cluster."""
 
@@ -129,6 +148,8 @@ class Profile(Section):
     data: DataResources = DataResources()
     trials: TrialResources = TrialResources()
     replicas: ReplicaResources = ReplicaResources()
+    tls: TlsFiles | None = None
+    """Makes the endpoint HTTPS."""
 
     @model_validator(mode="after")
     def _storage_is_a_directory(self) -> "Profile":

@@ -19,6 +19,8 @@ SERVE_PORTS = (
 )
 """Ports that Ray Serve opens beside the endpoint's, by default the same for every Serve on a machine."""
 
+HEAD = "node:__internal_head__"
+"""Ray's resource of the node whose proxy takes the requests."""
 
 T = TypeVar("T")
 
@@ -42,12 +44,12 @@ def session_environment(profile: Profile) -> dict[str, str]:
         # OpenCV decodes before jobs.data.decode can look at the size: a PNG of one megabyte can unpack to gigabytes.
         "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # The application runs in the replica's own event loop: a third of a request's way is no thread away any more.
         # Ray has no name for HAProxy's `timeout http-request`, without which the head of a request may arrive for ever,
         # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is.
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
         # Ray's hour is for WebSockets. It runs only while the client is to send or to read.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        # The application runs in the replica's own event loop: a third of a request's way is no thread away any more.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         # It reads HAProxy's log line by line, for a tenth of a core; the endpoint has metrics of its own.

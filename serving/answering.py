@@ -44,6 +44,8 @@ class Inquiry:
     decode_s: float | None = None
     wait_s: float | None = None
     model_s: float | None = None
+    batch_s: float | None = None
+    """What the model took for batches that this request was the first of."""
     served: Served | None = None
     """The version that answers."""
     role: Role = "champion"
@@ -131,6 +133,8 @@ class Answering:
         decode_s = time.perf_counter() - began
         answer = await served.ask(pixels, heat_map)
         inquiry.slower(decode_s, answer.wait_s, answer.model_s)
+        if answer.first:
+            inquiry.batch_s = max(inquiry.batch_s or 0.0, answer.model_s)
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
         stages["total"] = time.perf_counter() - inquiry.began
         self._record(inquiry, served, place, role, answer, stages, image, size)
@@ -176,12 +180,11 @@ class Answering:
         if served is None or not self.arms.is_watching:
             return
         if inquiry.failed is not None:
-            self.arms.count(inquiry.stage, "candidate", None)
+            self.arms.count(inquiry.stage, "candidate", failed=True)
         elif inquiry.code in OWN_FAULTS:
-            self.arms.count(inquiry.stage, inquiry.role, None)
+            self.arms.count(inquiry.stage, inquiry.role, failed=True)
         elif inquiry.model_s is not None:
-            # The time in the queue is the load's, and that of both.
-            self.arms.count(inquiry.stage, inquiry.role, inquiry.model_s)
+            self.arms.count(inquiry.stage, inquiry.role, inquiry.batch_s)
 
     async def _decoded(self, image: bytes | Pixels, served: Served) -> tuple[Pixels, tuple[int, int]]:
         """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
@@ -206,13 +209,13 @@ class Answering:
         except Exception:
             logger.exception("version %s failed on a copy of request %s", other.version.version, inquiry.request_id)
             other.shadow.error("internal")
-            self.arms.count(stage, role, None)
+            self.arms.count(stage, role, failed=True)
             return
         finally:
             other.users -= 1
         agrees = other.label(answer) == label
         other.shadow.compared(agrees)
-        self.arms.count(stage, role, answer.model_s)
+        self.arms.count(stage, role, answer.model_s if answer.first else None)
         self.arms.agree(stage, agrees)
         stages = {"wait": answer.wait_s, "model": answer.model_s, "total": time.perf_counter() - began}
         self._record(inquiry, other, 0, "shadow", answer, stages, image, pixels.shape[:2])

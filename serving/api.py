@@ -24,27 +24,25 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import HelioError
-from jobs.data.decode import Pixels
 from serving.admission import Ask
 from serving.answering import Answering, Inquiry
-from serving.batching import Answer
 from serving.config import ServeConfig
+from serving.correction import read_correction
 from serving.link import Link
 from serving.metrics.replica import Metrics
 from serving.open_inference import OpenInference
 from serving.open_inference_grpc import Context
-from serving.open_inference_tensors import Answers
+from serving.open_inference_model import V2Call, V2Model
 from serving.openapi import Contract
 from serving.page import page_files
 from serving.records.feedback import Feedback
@@ -59,13 +57,11 @@ from serving.upload import (
     error_document,
     error_form,
     is_raw,
-    is_text,
     read_images,
     require_plain,
 )
 
 LINES = "application/x-ndjson"
-MOST_CORRECTION_BYTES = 65_536
 FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/v1/rollout": "status", "/metrics": "status"}
@@ -167,7 +163,7 @@ class Api:
 
         return await OpenInference(model, self._config.max_images).respond(request)
 
-    async def call(self, context: Context, version: str, infers: bool) -> "V2Model":
+    async def call(self, context: Context, version: str, infers: bool) -> V2Model:
         """The same for a call over gRPC."""
         given = dict(context.invocation_metadata())
         told = Inquiry(
@@ -179,37 +175,23 @@ class Api:
         )
         if not infers:
             await self.admit(told, 0)
-        return _Call(self, told, version)
+        return V2Call(self, told, version)
 
     async def correct(self, request: Request, told: Inquiry) -> Response:
         """Store what an image of an answered request really shows."""
         await self.admit(told, 0)
         require_plain(request)
-        body = await request.body()
-        if len(body) > MOST_CORRECTION_BYTES:
-            text = f"a correction has at most {MOST_CORRECTION_BYTES:,} bytes: send a shorter comment"
-            raise Refusal(413, "too_large", text)
-        try:
-            document = json.loads(body)
-        except (ValueError, RecursionError):
-            raise Refusal(400, "bad_request", 'the body is not JSON: send {"request_id", "label"}') from None
-        given = _checked(document)
+        given = read_correction(await request.body())
         who = told.admission.key_id if told.admission else told.who
-        served = self.arms.champion
+        classes = self.arms.champion.classes
         try:
             await asyncio.to_thread(
-                self._desk.feedback.add,
-                given["request_id"],
-                given["label"],
-                served.classes,
-                given.get("image", 0),
-                given.get("comment"),
-                who,
+                self._desk.feedback.add, given.request_id, given.label, classes, given.image, given.comment, who
             )
         except HelioError as error:
             raise Refusal(422, "bad_request", str(error)) from None
-        self.answering.judge(given["request_id"], given.get("image", 0), given["label"])
-        return JSONResponse({"stored": True, "request_id": given["request_id"]}, 201)
+        self.answering.judge(given.request_id, given.image, given.label)
+        return JSONResponse({"stored": True, "request_id": given.request_id}, 201)
 
     async def describe(self, request: Request, told: Inquiry) -> Response:
         """What answers."""
@@ -379,60 +361,6 @@ class Api:
         return options
 
 
-class V2Model:
-    """The served model as the Open Inference Protocol has it, for one request."""
-
-    def __init__(self, api: Api, told: Inquiry, version: str) -> None:
-        """`version` is the one that was asked for; empty: whichever answers."""
-        self._api, self._told, self._asked = api, told, version
-        self._is(api.arms.choose("", version) if version else api.arms.champion)
-
-    async def predict(self, images: Sequence[bytes] | Pixels) -> Answers:
-        """See `serving.open_inference_tensors.Model`."""
-        told, answering = self._told, self._api.answering
-        await self._api.admit(told, len(images))
-        told.images = len(images)
-        served = self._api.arms.choose(told.asker or told.request_id, self._asked)
-        if isinstance(images, np.ndarray) and images.shape[1] != served.size:
-            # Pixels are those that this version wants; another one cannot see them.
-            served = self._served
-        answering.begin(told, served)
-
-        async def all_of_them(served: Served) -> list[Answer]:
-            self._is(served)
-            return await asyncio.gather(
-                *(answering.ask(image, place, told, served) for place, image in enumerate(images))
-            )
-
-        found = await answering.reliably(told, all_of_them)
-        probabilities, embeddings = ([getattr(one, name) for one in found] for name in ("probabilities", "embedding"))
-        return Answers(np.stack(probabilities), np.stack(embeddings), told.request_id)
-
-    def _is(self, served: Served) -> None:
-        self._served = served
-        self.name, self.version = served.version.model, served.version.version
-        self.classes, self.image_size, self.dimension = served.classes, served.size, served.dimension
-
-
-class _Call(V2Model):
-    """The same for a call over gRPC, which is counted by itself."""
-
-    async def predict(self, images: Sequence[bytes] | Pixels) -> Answers:
-        """See `serving.open_inference_tensors.Model`."""
-        status = 500
-        try:
-            answers = await super().predict(images)
-            status = 200
-            return answers
-        except Exception as error:
-            refusal = error if isinstance(error, Refusal) else Refusal(500, "internal", "the endpoint failed")
-            status = refusal.status
-            await self._api.settle(self._told, refusal)
-            raise
-        finally:
-            self._api.answering.finish(self._told, status)
-
-
 def _told(request: Request) -> Inquiry:
     headers = request.headers
     return Inquiry(
@@ -469,20 +397,6 @@ def _switch(name: str, text: str) -> bool:
     if text.lower() not in SWITCH:
         raise Refusal(400, "bad_request", f"{name} must be true or false")
     return SWITCH[text.lower()]
-
-
-KINDS = {"request_id": str, "label": str, "image": int, "comment": str}
-
-
-def _checked(document: Any) -> dict[str, Any]:
-    """A correction as it was sent. Raises Refusal."""
-    if not isinstance(document, dict) or not {"request_id", "label"} <= document.keys() <= KINDS.keys():
-        raise Refusal(422, "bad_request", "the JSON must have request_id and label, and may have image and comment")
-    for name, value in document.items():
-        if type(value) is not KINDS[name] or not (KINDS[name] is int or is_text(value)):
-            kind = "a whole number" if KINDS[name] is int else "text"
-            raise Refusal(422, "bad_request", f"{name} must be {kind}")
-    return document
 
 
 async def _live(receive: Receive, send: Send) -> None:

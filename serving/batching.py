@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from jobs.data.decode import Pixels
 
 PADDED_FROM = 0.75
 """Of a batch's size; a model on CPUs takes as long for padding as for images."""
-TURN_S = 2.0
+TURN_S = 5.0
 """How long a model waits for another one that shares its turn."""
 T = TypeVar("T")
 Outputs = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -38,6 +39,8 @@ class Answer:
     """Of the whole batch."""
     batch: int
     """Images in it, without padding."""
+    first: bool
+    """Of each batch one is."""
     heat_map: NDArray[np.float32] | None = None
     """[row, column] of 0..1, where asked for."""
 
@@ -66,14 +69,14 @@ class Batcher:
         with the size of each. Models that share `turn` run one at a time: neither slows the other's batches."""
         self._run, self._wait_s, self._largest, self._told = run, wait_s, max_batch_size, told
         self._buffers = {size: np.zeros((size, *shape), np.uint8) for size in batch_sizes(max_batch_size)}
-        for buffer in self._buffers.values():
-            run(buffer)
         self._turn = turn or threading.Lock()
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        warm: Future[None] = Future()
+        self._thread = threading.Thread(target=self._live, args=(warm,), name="model", daemon=True)
         self._thread.start()
+        warm.result()
 
     async def ask(self, image: Pixels) -> Answer:
         """The answer for one image, uint8 [*shape]. An exception of the model is raised here."""
@@ -104,11 +107,24 @@ class Batcher:
             self._changed.notify()
         return item.answer
 
+    def _live(self, warm: "Future[None]") -> None:
+        """Run once with each size of batch, then for those who ask. oneDNN keeps what it prepares by thread."""
+        try:
+            for buffer in self._buffers.values():
+                self._run(buffer)
+        except Exception as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
+        self._work()
+
     def _work(self) -> None:
         while items := self._take():
             loop = items[0].answer.get_loop()
-            # A model that hangs must not take the other one with it.
             has_turn = self._turn.acquire(timeout=TURN_S)
+            if not has_turn:
+                # The other model hangs: it must not take this one with it.
+                self._turn = threading.Lock()
             try:
                 found = [items[0].work()] if callable(items[0].work) else self._answers(items)
                 loop.call_soon_threadsafe(_deliver, items, found)
@@ -160,7 +176,8 @@ class Batcher:
         took = time.perf_counter() - began
         self._told(count)
         return [
-            Answer(probabilities[row], embeddings[row], began - item.at, took, count) for row, item in enumerate(items)
+            Answer(probabilities[row], embeddings[row], began - item.at, took, count, row == 0)
+            for row, item in enumerate(items)
         ]
 
 

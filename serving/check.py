@@ -1,5 +1,6 @@
 """Held-out images sent to an endpoint: does it answer what the bundle answers, and how often is it right?"""
 
+import ssl
 import statistics
 import time
 from collections.abc import Sequence
@@ -73,9 +74,11 @@ def predict_directly(
     return found
 
 
-def ask_endpoint(url: str, images: Sequence[bytes], progress: RunProgress) -> tuple[list[Prediction], list[float]]:
+def ask_endpoint(
+    url: str, images: Sequence[bytes], progress: RunProgress, verify: ssl.SSLContext | None = None
+) -> tuple[list[Prediction], list[float]]:
     """The endpoint's answers, one image after the other, and how long each took, ms."""
-    client = Client(url)
+    client = Client(url, verify=verify)
     answers: list[Prediction] = []
     latencies_ms: list[float] = []
     with progress.task("held-out images", total=len(images), unit="images") as task:

@@ -8,6 +8,7 @@
 
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import EndpointError
 from cluster.profile import Profile
 from cluster.run import Run
-from cluster.session import ray_session
+from cluster.session import HEAD, ray_session
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
 from serving.config import ServeConfig
 from serving.records.identity import new_request_id
+from serving.tls.front import find_certificate, https, notice, trust
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
-
-HEAD = "node:__internal_head__"
-"""Ray's resource of the node whose proxy takes the requests."""
 
 
 @contextmanager
@@ -44,14 +43,26 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     Raises EndpointError when the port is taken or the model does not come up, CheckpointError when the bundle is not
     the registered one.
     """
+    if profile.tls is None:
+        with _plain_endpoint(profile, config, version) as url:
+            yield url
+        return
+    _check_place(profile, config)
+    own = trust(profile)
+    with https(profile, profile.tls, config) as behind, _plain_endpoint(profile, behind, version):
+        url = _url(profile, config, "https")
+        _wait_until_ready(url, own)
+        yield url
+
+
+@contextmanager
+def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> Iterator[str]:
+    """The same without TLS."""
     # Ray Serve reads its environment when it is imported, and the session has just set it.
     import ray
     from ray import serve
 
-    if profile.address is None:
-        check_port(config)
-    else:
-        _check_cluster(config)
+    _check_place(profile, config)
     if serve.status().proxies:
         raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
     version.open()
@@ -73,7 +84,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
             raise EndpointError(
                 f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
             ) from error
-        url = endpoint_url(config, _head_address() if profile.address else "127.0.0.1")
+        url = _url(profile, config)
         _wait_until_ready(url)
         yield url
     finally:
@@ -101,9 +112,20 @@ def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion)
 
 
 def preflight(recipe: "Recipe", profile: Profile) -> None:
-    """The endpoint's port must be free, as far as that can be seen from here. Raises EndpointError."""
+    """The endpoint's port must be free and its certificate valid, as far as that can be seen from here.
+
+    Raises EndpointError.
+    """
     if profile.address is None:
         check_port(recipe.section(ServeConfig))
+        find_certificate(profile)
+
+
+def _check_place(profile: Profile, config: ServeConfig) -> None:
+    if profile.address is None:
+        check_port(config)
+    else:
+        _check_cluster(config)
 
 
 def check_port(config: ServeConfig) -> None:
@@ -142,6 +164,10 @@ def _check_cluster(config: ServeConfig) -> None:
         )
 
 
+def _url(profile: Profile, config: ServeConfig, scheme: str = "http") -> str:
+    return endpoint_url(config, _head_address() if profile.address else "127.0.0.1", scheme)
+
+
 def _head_address() -> str:
     """The address of the node whose proxy takes the endpoint's requests."""
     import ray
@@ -159,8 +185,8 @@ def _reason(error: BaseException, application: str) -> str:
     return text.strip().splitlines()[-1].strip()
 
 
-def _wait_until_ready(url: str) -> None:
-    client, deadline = Client(url, timeout_s=5.0), time.monotonic() + READY_WITHIN_S
+def _wait_until_ready(url: str, verify: ssl.SSLContext | None = None) -> None:
+    client, deadline = Client(url, timeout_s=5.0, verify=verify), time.monotonic() + READY_WITHIN_S
     while not client.ready():
         if time.monotonic() > deadline:
             raise EndpointError(f"the endpoint {url} runs and did not answer within {READY_WITHIN_S:g} s: see the log")
@@ -186,7 +212,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     expected = check.predict_directly(version, held_out.images, config.max_batch_size, run.profile.replicas)
 
     url = run.cleanup.enter_context(endpoint(run.profile, config, version))
-    answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress)
+    if note := notice(run.profile, config):
+        run.progress.say(f"  {note}")
+    answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress, trust(run.profile))
     difference = check.largest_difference(answers, expected, dataset.classes, version)
     check.write_predictions(run.directory / "predictions.parquet", held_out, answers)
     found = {
@@ -211,11 +239,13 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     logs = profile.storage_path / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with output.noise_to(logs / "deploy.log"):
-        version = _unregistered(Path(bundle)) if bundle else _champion(profile, recipe.name)
+        version = find_version(recipe, profile, bundle)
         with ray_session(profile, ["deploy"]), endpoint(profile, config, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
             try:
+                if note := notice(profile, config):
+                    print(f"helio: {note}", file=output.messages)
                 print(json.dumps(found) if as_json else line, file=output.results, flush=True)
                 threading.Event().wait()
             except KeyboardInterrupt:
@@ -223,11 +253,10 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     return 0
 
 
-def _champion(profile: Profile, model: str) -> ModelVersion:
-    return Registry(profile.storage_path).require(model, "champion")
-
-
-def _unregistered(directory: Path) -> ModelVersion:
-    bundle = Bundle.open(directory.resolve())
+def find_version(recipe: "Recipe", profile: Profile, directory: str | None) -> ModelVersion:
+    """The champion of the recipe's model, or the bundle in `directory`. Raises HelioError where there is none."""
+    if directory is None:
+        return Registry(profile.storage_path).require(recipe.name, "champion")
+    bundle = Bundle.open(Path(directory).resolve())
     name = str(bundle.manifest.get("name", bundle.directory.name))
     return ModelVersion(name, "unregistered", bundle.directory, bundle.digest)

@@ -19,6 +19,8 @@ from serving.metrics.replica import Arm, Metrics
 from serving.upload import Refusal
 
 Role = Literal["champion", "candidate"]
+FEW = 128
+"""Scores that are sorted without NumPy."""
 INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
 INLINE_BYTES = 4 * INLINE_PIXELS
@@ -58,14 +60,8 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._batcher = Batcher(
-            self._loaded.predict_pixels,
-            (self.size, self.size, 3),
-            max_batch_size,
-            wait_s,
-            lambda size: self.arm.batch(size),
-            turn,
-        )
+        self._turn = turn
+        self._batcher = self._batches_of(max_batch_size, wait_s)
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
         self.users = 0
@@ -78,6 +74,21 @@ class Served:
         self.shadow: Arm = metrics.arm("shadow", version)
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
+
+    def batch_by(self, max_batch_size: int, wait_s: float) -> None:
+        """Gather images into other batches from now on; what waits is answered first."""
+        self._batcher.close()
+        self._batcher = self._batches_of(max_batch_size, wait_s)
+
+    def _batches_of(self, max_batch_size: int, wait_s: float) -> Batcher:
+        return Batcher(
+            self._loaded.predict_pixels,
+            (self.size, self.size, 3),
+            max_batch_size,
+            wait_s,
+            lambda size: self.arm.batch(size),
+            self._turn,
+        )
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
@@ -150,5 +161,9 @@ class Served:
 
 def top(scores: NDArray[np.float32], count: int) -> Sequence[int]:
     """Places of the largest scores, the largest first, the first one first where they tie."""
+    if len(scores) <= FEW:
+        # NumPy lets go of the interpreter to sort: under load the way back is longer than the work.
+        values = scores.tolist()
+        return sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]
     found: Sequence[int] = np.argsort(-scores, kind="stable")[:count].tolist()
     return found

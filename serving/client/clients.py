@@ -14,7 +14,7 @@ from typing import Any, Self
 from cluster.errors import EndpointError
 from serving.client.answers import ImageError, Prediction, Reply
 from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, load
-from serving.client.connection import AsyncPool, Pool
+from serving.client.connection import AsyncPool, Pool, Verify
 from serving.client.retries import Retries, Tries
 
 BATCH_SIZE = 8
@@ -25,8 +25,9 @@ class Client:
     """Talks to one endpoint, and waits for its answers.
 
     `timeout_s` is the deadline of each call with all its tries (`Retries` says when there are several); `key` is the
-    API key, by default that of HELIO_API_KEY; `verify` is the file of the CA that vouches for the endpoint, by default
-    those that this machine trusts. Connections stay open between calls. Threads may share a client.
+    API key, by default that of HELIO_API_KEY; `verify` is the file of the CA that vouches for the endpoint, or an SSL
+    context, by default the CAs that this machine trusts (SSL_CERT_FILE names others). Connections stay open between
+    calls. Threads may share a client.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Client:
         timeout_s: float = 30.0,
         *,
         key: str | None = None,
-        verify: str | Path | None = None,
+        verify: Verify = None,
         retries: Retries | None = None,
     ) -> None:
         self._endpoint = Endpoint(url, timeout_s, key, retries)
@@ -175,7 +176,7 @@ class AsyncClient:
         timeout_s: float = 30.0,
         *,
         key: str | None = None,
-        verify: str | Path | None = None,
+        verify: Verify = None,
         retries: Retries | None = None,
     ) -> None:
         self._endpoint = Endpoint(url, timeout_s, key, retries)

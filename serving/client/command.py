@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from serving.config import ServeConfig
 
 
-def endpoint_url(config: "ServeConfig", any_host: str = "127.0.0.1") -> str:
+def endpoint_url(config: "ServeConfig", any_host: str = "127.0.0.1", scheme: str = "http") -> str:
     """The URL of the endpoint that `config` describes; `any_host` stands for one that is open to the network."""
     host = any_host if config.host in ("0.0.0.0", "::") else config.host
-    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
+    return f"{scheme}://[{host}]:{config.port}" if ":" in host else f"{scheme}://{host}:{config.port}"
 
 
 def predict_command(

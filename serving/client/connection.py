@@ -25,6 +25,9 @@ from serving.client.retries import Outcome
 IDLE_S = 30.0
 """A connection that was not used for so long is closed."""
 
+Verify = str | Path | ssl.SSLContext | None
+"""Whom a client believes that it talks to the endpoint: the file of a CA, a context, or whom this machine trusts."""
+
 WRITE_BYTES = 2**18
 """Sent in one go: the deadline is looked at in between."""
 
@@ -40,7 +43,7 @@ _FAILURES = (
 class Pool:
     """Connections for threads: any number may use it at once."""
 
-    def __init__(self, endpoint: Endpoint, verify: str | Path | None) -> None:
+    def __init__(self, endpoint: Endpoint, verify: Verify) -> None:
         self._endpoint = endpoint
         self._pool = httpcore.ConnectionPool(network_backend=_Network(), **_settings(endpoint.url, verify))
         self._closed = False
@@ -70,7 +73,7 @@ class Pool:
 class AsyncPool:
     """Connections for the tasks of one event loop."""
 
-    def __init__(self, endpoint: Endpoint, verify: str | Path | None) -> None:
+    def __init__(self, endpoint: Endpoint, verify: Verify) -> None:
         self._endpoint = endpoint
         self._pool = httpcore.AsyncConnectionPool(**_settings(endpoint.url, verify))
         self._closed = False
@@ -131,10 +134,10 @@ def _broken(endpoint: Endpoint, error: Exception, reply: Reply | None) -> Outcom
     if reply is not None and reply.has_lines():
         reply.whole = False
         return reply
-    return Lost(f"{url} broke the connection off twice: it is going down, or is not helio's endpoint")
+    return Lost(f"{url} broke the connection off twice: it is going down, wants https://, or is not helio's endpoint")
 
 
-def _settings(url: str, verify: str | Path | None) -> dict[str, Any]:
+def _settings(url: str, verify: Verify) -> dict[str, Any]:
     return {
         "ssl_context": _trust(url, verify),
         "proxy": _proxy(url),
@@ -144,10 +147,12 @@ def _settings(url: str, verify: str | Path | None) -> dict[str, Any]:
     }
 
 
-def _trust(url: str, verify: str | Path | None) -> ssl.SSLContext | None:
-    """Checks certificates by the CA file `verify`, or by what this machine trusts; None without TLS."""
+def _trust(url: str, verify: Verify) -> ssl.SSLContext | None:
+    """Checks certificates by the CA file or context `verify`, or by what this machine trusts; None without TLS."""
     if not url.startswith("https:"):
         return None
+    if isinstance(verify, ssl.SSLContext):
+        return verify
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:

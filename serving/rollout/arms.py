@@ -124,18 +124,22 @@ class Arms:
         self._comparing += 1
         self._keep(counted())
 
-    def count(self, stage: str, role: Role, took_s: float | None) -> None:
-        """A request that `role` has answered, in so long; None where it has failed by its own doing."""
+    def count(self, stage: str, role: Role, batch_s: float | None = None, failed: bool = False) -> None:
+        """A request that `role` has answered, or failed at by its own doing.
+
+        `batch_s` is told by one request of each batch, as all of a batch take the same time: the test of what is slow
+        takes each for independent of the others. The time in the queue is that of both versions.
+        """
         view, seen = self._view, self._seen
         if not self.is_watching or stage != view["stage"]:
             return
-        seen.count(role, "error", took_s is None)
-        if took_s is None:
+        seen.count(role, "error", failed)
+        if batch_s is None:
             return
         if view["slow_s"] is not None:
-            seen.count(role, "slow", took_s > view["slow_s"])
+            seen.count(role, "slow", batch_s > view["slow_s"])
         elif role == "champion" and len(seen.latencies_s) < CALIBRATION:
-            seen.latencies_s.append(took_s)
+            seen.latencies_s.append(batch_s)
 
     def agree(self, stage: str, agrees: bool) -> None:
         """Champion and candidate have answered the same image."""

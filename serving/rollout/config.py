@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 from cluster.schema import Section
 
 FAULTS = ("error", "slow", "disagreement", "wrong")
-"""What is counted of requests. error: failed by the version's own doing (status 5xx). slow: of those that did not fail,
-the model took longer than a limit that the champion has set. disagreement: the candidate's label is not the champion's,
-of images that both have answered. wrong: not the label that a user has given, of answers that users have labelled."""
+"""What is counted. error: requests that failed by the version's own doing (status 5xx). slow: batches that took the
+model longer than a limit that the champion has set. disagreement: the candidate's label is not the champion's, of
+images that both have answered. wrong: not the label that a user has given, of answers that users have labelled."""
 
 
 class RolloutConfig(Section):
@@ -28,9 +28,9 @@ class RolloutConfig(Section):
     error_tolerance: float = Field(default=0.02, gt=0, lt=1)
     """How much higher than the champion's the candidate's rate of failed requests may be."""
     slow_tolerance: float = Field(default=0.10, gt=0, lt=1)
-    """The same of slow requests."""
+    """The same of slow batches."""
     slow_factor: float = Field(default=2.0, gt=1)
-    """A request is slow whose batch takes the model longer than this many times the champion's median when shadowed."""
+    """A batch is slow that takes the model longer than this many times the champion's median when shadowed."""
     max_disagreement: float = Field(default=0.25, gt=0, lt=1)
     """Share of images to which candidate and champion may give different labels. Two trainings of one recipe disagree
     about as often as both are wrong; a candidate that is much better than the champion needs more room."""

@@ -40,7 +40,7 @@ def harm_text(rollout: "Rollout", fault: str) -> str:
     seen = f"{candidate.k} of {candidate.n} in this stage"
     if fault == "disagreement":
         return f"the candidate disagrees with the champion on more than {allowed} of images: {seen}"
-    words = {"error": "requests fail", "slow": "requests are slow", "wrong": "labelled answers are wrong"}[fault]
+    words = {"error": "requests fail", "slow": "batches are slow", "wrong": "labelled answers are wrong"}[fault]
     return f"more {words} than of the champion by over {allowed}: {seen}, of the champion {champion.k} of {champion.n}"
 
 

@@ -14,8 +14,9 @@ from cluster.errors import EndpointError
 from cluster.output import Output
 from serving.control import NAME
 from serving.rollout_command import change_command
-from tests.rollouts.conftest import IMAGE_SIZE, Stage
+from tests.rollouts.conftest import Stage
 from tests.rollouts.crowd import Told, ask, pictures
+from tests.rollouts.versions import IMAGE_SIZE
 
 IMAGES = pictures(200, IMAGE_SIZE)
 
@@ -50,7 +51,7 @@ def serving(stage: Stage) -> str:
     ("kind", "reason"),
     [
         ("failing", "more requests fail than of the champion by over 2 %"),
-        ("slow", "more requests are slow than of the champion by over 10 %"),
+        ("slow", "more batches are slow than of the champion by over 10 %"),
         ("shuffled", "the candidate disagrees with the champion on more than 25 % of images"),
     ],
 )

@@ -236,7 +236,7 @@ def test_what_is_slow_is_told_by_the_champion() -> None:
     ("candidate", "fault", "most"),
     [
         (Arm(error=0.2), "more requests fail than of the champion by over 2 %", 250),
-        (Arm(median_s=0.06), "more requests are slow than of the champion by over 10 %", CALIBRATION + 100),
+        (Arm(median_s=0.06), "more batches are slow than of the champion by over 10 %", CALIBRATION + 100),
         (Arm(disagreement=0.9), "the candidate disagrees with the champion on more than 25 % of images", 60),
     ],
 )

@@ -1,0 +1,76 @@
+"""A certificate and its key, two PEM files: whether a server can use them, and what clients see of them."""
+
+import datetime
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+from cluster.errors import EndpointError
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What everyone may know of a certificate."""
+
+    pem: str
+    """The certificate itself, without those that vouch for it."""
+    names: tuple[str, ...]
+    """Hosts and addresses that it is for."""
+    expires: datetime.datetime
+
+    def trust(self) -> ssl.SSLContext:
+        """Accepts this certificate and no other, by whatever name the endpoint is asked."""
+        context = ssl.create_default_context(cadata=self.pem)
+        context.check_hostname = False
+        # The certificate itself is what is trusted, not its issuer.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        return context
+
+
+def read_pair(certificate: Path, key: Path) -> Certificate:
+    """The certificate, the first one in its file. Raises EndpointError unless it is valid now and `key` is its own."""
+    try:
+        found = x509.load_pem_x509_certificates(_read(certificate, "certificate"))[0]
+    except ValueError:
+        raise EndpointError(f"profile.tls.certificate {certificate} is no certificate in PEM") from None
+    try:
+        private = load_pem_private_key(_read(key, "key"), password=None)
+    except TypeError:
+        raise EndpointError(f"profile.tls.key {key} has a passphrase: give the key without one") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise EndpointError(f"profile.tls.key {key} is no private key in PEM") from None
+    if _public(found.public_key()) != _public(private.public_key()):
+        raise EndpointError(
+            f"profile.tls.key {key} does not belong to the first certificate in {certificate}: give the two that were "
+            "made together"
+        )
+    now, begins, expires = datetime.datetime.now(datetime.UTC), found.not_valid_before_utc, found.not_valid_after_utc
+    if not begins <= now < expires:
+        when = f"expired on {expires:%Y-%m-%d %H:%M}" if now >= expires else f"is valid from {begins:%Y-%m-%d %H:%M}"
+        raise EndpointError(f"profile.tls.certificate {certificate} {when} UTC: give one that is valid now")
+    return Certificate(found.public_bytes(Encoding.PEM).decode(), tuple(_names(found)), expires)
+
+
+def _read(path: Path, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EndpointError(f"profile.tls.{key} {path} cannot be read: {error.strerror}") from None
+
+
+def _public(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _names(certificate: x509.Certificate) -> Sequence[str]:
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]

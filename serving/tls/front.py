@@ -1,0 +1,111 @@
+"""HTTPS in front of an endpoint, as the profile says: what Ray Serve then listens on, and what clients are told."""
+
+import contextlib
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from cluster.errors import EndpointError
+from cluster.profile import Profile, TlsFiles
+from cluster.session import HEAD, free_ports
+from serving.config import ServeConfig
+from serving.tls.certificate import Certificate, read_pair
+from serving.tls.proxy import TlsProxy, Way
+
+ON_HEAD = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+T = TypeVar("T")
+
+
+def find_certificate(profile: Profile) -> Certificate | None:
+    """The profile's certificate, read where the proxy runs. Raises EndpointError, one line, where it cannot be used."""
+    if profile.tls is None:
+        return None
+    found = _on_head(profile, _look, profile.tls.certificate_path, profile.tls.key_path)
+    if isinstance(found, str):
+        raise EndpointError(found)
+    return found
+
+
+def trust(profile: Profile) -> ssl.SSLContext | None:
+    """What a client of this endpoint that stands beside it is to trust."""
+    certificate = find_certificate(profile)
+    return None if certificate is None else certificate.trust()
+
+
+def notice(profile: Profile, config: ServeConfig) -> str | None:
+    """What whoever starts the endpoint should know of its transport."""
+    certificate = find_certificate(profile)
+    if certificate is not None:
+        names = ", ".join(certificate.names) or "no host"
+        return f"the certificate is for {names}, until {certificate.expires:%Y-%m-%d}: clients ask by such a name"
+    if config.wants_keys and not config.is_local:
+        return (
+            "warning: API keys and images cross the network unencrypted: give the profile tls.certificate and tls.key, "
+            "or put a proxy with TLS in front"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[ServeConfig]:
+    """HTTPS by `files` at `config`'s ports for the length of the block; yields where Ray Serve is to listen instead.
+
+    On this machine that is a loopback address. On a cluster the replicas of other nodes must be reached.
+    """
+    port, grpc_port = _on_head(profile, free_ports, 2)
+    behind = config.model_copy(
+        update={
+            "host": "127.0.0.1" if profile.address is None else config.host,
+            "port": port,
+            "grpc_port": None if config.grpc_port is None else grpc_port,
+            "keys": "required" if config.wants_keys else "none",
+        }
+    )
+    host = "127.0.0.1" if behind.host in ("0.0.0.0", "::") else behind.host
+    grpc = None
+    if config.grpc_port is not None:
+        grpc = Way(_place(config.host, config.grpc_port), _place(host, grpc_port))
+    proxy = (
+        ray.remote(TlsProxy)
+        .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
+        .remote(
+            files.certificate_path,
+            files.key_path,
+            Way(_place(config.host, config.port), _place(host, port)),
+            grpc,
+            config.request_timeout_s,
+        )
+    )
+    try:
+        fault = ray.get(proxy.fault.remote())
+        if fault is not None:
+            raise EndpointError(fault)
+        yield behind
+    finally:
+        # HAProxy ends with the actor's process, too, where that does not answer.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(proxy.close.remote(), timeout=10)
+        ray.kill(proxy)
+
+
+def _look(certificate: Path, key: Path) -> Certificate | str:
+    try:
+        return read_pair(certificate, key)
+    except EndpointError as error:
+        return str(error)
+
+
+def _on_head(profile: Profile, function: Callable[..., T], *arguments: Any) -> T:
+    """The function's result on the node whose proxy takes the requests."""
+    if profile.address is None:
+        return function(*arguments)
+    result: T = ray.get(ray.remote(**ON_HEAD)(function).remote(*arguments))
+    return result
+
+
+def _place(host: str, port: int) -> str:
+    """As HAProxy writes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,1 @@
+"""HTTPS at the endpoint."""
