@@ -185,6 +185,12 @@ def decide(ask: Ask, account: Account | None, now: float) -> Admission:
     return account.decide(ask, now)
 
 
+def bearer(authorization: str) -> str | None:
+    """The secret in the header `Authorization`."""
+    kind, _, secret = authorization.partition(" ")
+    return secret.strip() if kind.lower() == "bearer" else None
+
+
 def digest_of(secret: str) -> bytes:
     """What is kept of a secret."""
     # A slow, salted hash guards passwords, which can be guessed. 256 random bits cannot, however fast the hash is; and

@@ -34,7 +34,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import HelioError
-from serving.admission import Ask
+from serving.admission import Ask, bearer
 from serving.answering import Answering, Inquiry
 from serving.config import ServeConfig
 from serving.correction import read_correction
@@ -170,7 +170,7 @@ class Api:
             time.perf_counter(),
             "/v2/models/{name}/infer",
             new_request_id(),
-            _secret(given.get("authorization", "")),
+            bearer(given.get("authorization", "")),
             given.get("x-user"),
         )
         if not infers:
@@ -367,7 +367,7 @@ def _told(request: Request) -> Inquiry:
         time.perf_counter(),
         _VARIABLE.sub(_template, request.scope["path"]),
         headers.get("x-request-id", ""),
-        _secret(headers.get("authorization", "")),
+        bearer(headers.get("authorization", "")),
         headers.get("x-user"),
     )
 
@@ -386,11 +386,6 @@ def _template(found: re.Match[str]) -> str:
     if found[0].startswith("/page/"):
         return "/page/{file}"
     return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")
-
-
-def _secret(authorization: str) -> str | None:
-    kind, _, secret = authorization.partition(" ")
-    return secret.strip() if kind.lower() == "bearer" else None
 
 
 def _switch(name: str, text: str) -> bool:

@@ -132,13 +132,18 @@ class KeyStore:
             accounts: dict[str, Account | None] = {}
             admissions = []
             for ask in asked:
-                named = SECRET.fullmatch(ask.secret or "")
-                key_id = named[1] if named else ""
+                key_id = _key_id(ask)
                 if key_id not in accounts:
                     accounts[key_id] = self._find(key_id, now)
                 admissions.append(decide(ask, accounts[key_id], now))
             self._write([account for account in accounts.values() if account and account.changed], now)
         return admissions
+
+    def look(self, ask: Ask) -> Admission:
+        """What would be decided on a request now; nothing is taken."""
+        with self._transaction():
+            now = self._clock()
+            return decide(ask, self._find(_key_id(ask), now), now)
 
     def refund(self, key_id: str, images: int, admitted: float | None = None) -> None:
         """Give back the images of a request that was granted and not answered; the rate gets nothing back.
@@ -210,6 +215,11 @@ def _connect(path: Path) -> sqlite3.Connection:
                 connection.close()
                 raise
             time.sleep(0.01)
+
+
+def _key_id(ask: Ask) -> str:
+    named = SECRET.fullmatch(ask.secret or "")
+    return named[1] if named else ""
 
 
 def _account(row: sqlite3.Row, now: float) -> Account:

@@ -55,7 +55,8 @@ class Traffic:
         with self._changed:
             wanted = self.came["200"] + answers
             if not self._changed.wait_for(lambda: self.came["200"] >= wanted, within_s):
-                raise TimeoutError(f"{wanted - self.came['200']} answers did not come within {within_s:g} s: {self.came}")
+                missing = wanted - self.came["200"]
+                raise TimeoutError(f"{missing} answers did not come within {within_s:g} s: {self.came}")
 
     def _ask(self, send: Send) -> None:
         while not self._stopped.is_set():
