@@ -107,7 +107,8 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
     """Connect to Ray, or start it, for the length of the block.
 
     `more` are environment variables beside those of `session_environment`. A Ray that this process has open already
-    is used as it is. Raises CapacityError before any work begins when one of `kinds` can never be placed, HelioError when the cluster cannot be reached.
+    is used as it is. Raises CapacityError before any work begins when one of `kinds` can never be placed, HelioError
+    when the cluster cannot be reached.
     """
     kinds = list(kinds)
     environment = {**session_environment(profile), **more}

@@ -20,8 +20,12 @@ from serving.config import ServeConfig
 from serving.control import NAME, NAMESPACE
 from serving.gate import SERVES_OWN_PATHS, RequestGate, refuse
 from serving.link import Asking
+from serving.open_inference_tensors import server_metadata
 from serving.page import page_files
 from serving.upload import Refusal
+
+WAKES = ("/v1/", "/v2/", "/openapi.json")
+"""Beginnings of the paths that want the model."""
 
 
 class Fallback:
@@ -36,6 +40,9 @@ class Fallback:
             "/readyz": self._readyz,
             "/metrics": self._metrics,
             "/v1/status": self._status,
+            "/v2": self._v2,
+            "/v2/health/live": self._v2_live,
+            "/v2/health/ready": self._v2_ready,
             **dict.fromkeys(self._page, self._page_file),
         }
 
@@ -66,6 +73,9 @@ class Fallback:
         own = self._own.get(scope["path"])
         try:
             if own is None:
+                if not scope["path"].startswith(WAKES):
+                    text = f"{scope['method']} {scope['path']}: there is no such path: see POST /v1/predict"
+                    raise Refusal(404, "not_found", text)
                 await self._check_key(scope)
                 await self._wait_for_replica(scope, receive, send)
                 return
@@ -120,10 +130,23 @@ class Fallback:
         return JSONResponse({"status": "ok"})
 
     async def _readyz(self, request: Request) -> Response:
-        """Where replicas should be and are not, the endpoint is not ready."""
+        self._check_ready()
+        return JSONResponse({"status": "ready", "model": await self._control.ask("champion")})
+
+    async def _v2(self, request: Request) -> Response:
+        return JSONResponse(server_metadata())
+
+    async def _v2_live(self, request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _v2_ready(self, request: Request) -> Response:
+        self._check_ready()
+        return JSONResponse({"ready": True})
+
+    def _check_ready(self) -> None:
+        """Where replicas should be and are not, the endpoint is not ready. Raises Refusal."""
         if self._config.min_replicas > 0:
             raise _no_replica()
-        return JSONResponse({"status": "ready", "model": await self._control.ask("champion")})
 
     async def _metrics(self, request: Request) -> Response:
         await self._admit(request)
