@@ -22,12 +22,14 @@ class Stage:
     """One stage of a run: `target` is called with the run and returns its JSON-serialisable result.
 
     `preflight`, called with recipe and profile before anything starts, raises HelioError for what can be known then.
+    `environment`, called with the recipe, returns variables that Ray needs before it starts.
     """
 
     name: str
     target: str
     title: str
     preflight: str | None = None
+    environment: str | None = None
     repeats: bool = False
     """Done again by a resumed run: what it leaves behind ends with the command."""
 
@@ -38,7 +40,14 @@ STAGES = (
     Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:preflight"),
     Stage("baseline", "tuning.stage:run_baseline_stage", "Search from scratch"),
     Stage("export", "jobs.export:run_stage", "Export and register"),
-    Stage("deploy", "serving.deploy:run_stage", "Deploy and check", "serving.deploy:preflight", repeats=True),
+    Stage(
+        "deploy",
+        "serving.deploy:run_stage",
+        "Deploy and check",
+        "serving.deploy:preflight",
+        "serving.deploy:environment",
+        repeats=True,
+    ),
 )
 """The stages of `helio run`, in order."""
 

@@ -36,6 +36,15 @@ def kinds_of(stages: Iterable[catalog.Stage]) -> list[str]:
     return list(dict.fromkeys(NEED_OF_STAGE[stage.name] for stage in stages))
 
 
+def environment(recipe: Recipe, stages: Iterable[catalog.Stage]) -> dict[str, str]:
+    """What these stages need of Ray's environment, see catalog.Stage."""
+    found: dict[str, str] = {}
+    for stage in stages:
+        if stage.environment is not None:
+            found |= catalog.load(stage.environment)(recipe)
+    return found
+
+
 def preflight(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
     """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
     check_capacity_here(profile, kinds_of(stages))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cluster import catalog
 from cluster.errors import HelioError
 from cluster.output import Output
-from cluster.plan import kinds_of
+from cluster.plan import environment, kinds_of
 from cluster.run import Run, write_json
 from cluster.session import ray_session
 from jobs.report import write_report
@@ -25,7 +25,8 @@ def run_stages(
         run.progress.redirect(output.messages)
         run.progress.say(f"run {run.name} in {run.directory}")
         try:
-            with ray_session(run.profile, kinds_of(stages)), run.cleanup:
+            more = environment(run.recipe, stages)
+            with ray_session(run.profile, kinds_of(stages), more), run.cleanup:
                 for stage in catalog.STAGES:
                     if stage in stages:
                         run.progress.say(stage.title)

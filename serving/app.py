@@ -6,6 +6,7 @@ Decoding and model stay in one process: an image of a few kilobytes would cost m
 import asyncio
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,12 @@ NAME = "helio"
 GRACEFUL_SHUTDOWN_S = 10.0
 """What a leaving replica has for the requests that it still holds."""
 
+HEALTH_CHECK_S = 2.0
+"""How soon a dead replica is replaced."""
+
+MODEL_CHECK_S = 10.0
+"""How often the model of an idle replica is run to see whether it still answers."""
+
 CONTROL_S = 30.0
 """How long a replica that starts waits for the control actor."""
 
@@ -65,7 +72,7 @@ class Predictor(InferenceService):
         # it again would hold requests up for hundreds of milliseconds rather than some ten.
         gc.freeze()
         cv2.setNumThreads(1)
-        self._config = ServeConfig(**config)
+        self._config, self._checked_at = ServeConfig(**config), 0.0
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
         decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
@@ -105,7 +112,9 @@ class Predictor(InferenceService):
 
     async def check_health(self) -> None:
         """Called by Serve now and then: a replica whose model no longer answers is replaced."""
-        await self._arms.champion.check()
+        if time.monotonic() - self._checked_at >= MODEL_CHECK_S:
+            await self._arms.champion.check()
+            self._checked_at = time.monotonic()
 
     async def __del__(self) -> None:
         """Called by Serve once the last request has been answered."""
@@ -126,6 +135,8 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
     resources = profile.replicas
     autoscaling = AutoscalingConfig(
         min_replicas=config.min_replicas,
+        # That a model comes up is known before anybody asks, also where none stays up.
+        initial_replicas=max(1, config.min_replicas),
         max_replicas=config.max_replicas,
         target_ongoing_requests=config.target_ongoing_requests,
         upscale_delay_s=config.upscale_delay_s,
@@ -151,7 +162,7 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
                 )
             },
         },
-        health_check_period_s=10.0,
+        health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=30.0,
         graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.2,

@@ -28,7 +28,7 @@ class ServeConfig(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     grpc_port: int | None = Field(default=None, ge=1, le=65535)
     """Where the Open Inference Protocol is spoken over gRPC; none: over HTTP alone."""
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=2, ge=1)
     target_ongoing_requests: float = Field(default=8, gt=0)
     """Requests in flight per replica that autoscaling aims at."""

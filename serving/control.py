@@ -20,11 +20,11 @@ from cluster.errors import HelioError
 from cluster.run import write_json
 from jobs.registry import ModelVersion, Registry
 from serving.admission import Admission, Ask
+from serving.config import ServeConfig
 from serving.keys import KeyStore, control_db
 from serving.metrics.families import Snapshot
 from serving.metrics.merged import Merged
 from serving.rollout.audit import AuditLog
-from serving.rollout.config import RolloutConfig
 from serving.rollout.director import Director, Told
 from serving.rollout.state import Version, View
 
@@ -38,7 +38,8 @@ CHAMPIONS_S = 1.0
 """How long what the registry has said of another model's champion holds: all replicas ask."""
 ALIAS_AGAIN_S = 10.0
 """When a registry is asked again that did not take the new champion."""
-NAME = "helio-control"
+NAME, NAMESPACE = "helio-control", "helio"
+"""By which Ray finds the actor."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +47,14 @@ logger = logging.getLogger(__name__)
 class Control:
     """A Ray actor; one for an endpoint, on the node whose disk holds its state."""
 
-    def __init__(self, storage: str, model: str, started: str, serves: dict[str, str], rollout: dict[str, Any]) -> None:
+    def __init__(self, storage: str, model: str, started: str, serves: dict[str, str], config: dict[str, Any]) -> None:
         """`started` names this start of the endpoint, which begins with the version `serves`: counts of an earlier one
-        are not gone on with. `rollout` is the recipe's section."""
+        are not gone on with. `config` is the recipe's section `serve`."""
         database = control_db(Path(storage), model)
         self._storage, self._model, self._started = Path(storage), model, started
+        self._config = ServeConfig(**config)
         self._keys = KeyStore(database)
-        self._director = Director(AuditLog(database), started, Version(**serves), RolloutConfig(**rollout))
+        self._director = Director(AuditLog(database), started, Version(**serves), self._config.rollout)
         self._changed = asyncio.Event()
         self._naming: asyncio.Task[None] | None = None
         self._named: str | None = None
@@ -110,6 +112,15 @@ class Control:
         await asyncio.sleep(self._complete_at - time.monotonic())
         rollout = self._director.status()
         return self._merged.text(self._model, {"running": len(self._merged.replicas)}, rollout, accept)
+
+    async def endpoint(self) -> dict[str, Any]:
+        """The recipe's section `serve`."""
+        return self._config.model_dump()
+
+    async def serves(self) -> dict[str, str]:
+        """What replicas that start now will serve, as an answer names it."""
+        champion = self._director.champion
+        return {"name": self._model, "version": champion.version, "digest": champion.digest}
 
     async def status(self, version: str) -> dict[str, Any]:
         """How many replicas there are, and what they have answered."""

@@ -96,10 +96,11 @@ def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion)
     """The actor that all replicas share, on the head node: it ends with this process."""
     import ray
 
-    from serving.control import NAME, Control
+    from serving.control import NAME, NAMESPACE, Control
 
     options = {
         "name": NAME,
+        "namespace": NAMESPACE,
         "num_cpus": 0,
         "resources": {HEAD: 0.001},
         "max_restarts": -1,
@@ -108,7 +109,7 @@ def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion)
     }
     actor = ray.remote(Control).options(**options)
     serves = {"version": version.version, "digest": version.digest, "bundle": str(version.bundle)}
-    return actor.remote(str(profile.storage_path), version.model, new_request_id(), serves, config.rollout.model_dump())
+    return actor.remote(str(profile.storage_path), version.model, new_request_id(), serves, config.model_dump())
 
 
 def preflight(recipe: "Recipe", profile: Profile) -> None:
@@ -119,6 +120,14 @@ def preflight(recipe: "Recipe", profile: Profile) -> None:
     if profile.address is None:
         check_port(recipe.section(ServeConfig))
         find_certificate(profile)
+
+
+def environment(recipe: "Recipe") -> dict[str, str]:
+    """Variables that Ray needs before it starts, since Serve's own proxy has its environment from there."""
+    from serving.gate import grpc_environment
+
+    config = recipe.section(ServeConfig)
+    return {} if config.grpc_port is None else grpc_environment(config.max_request_bytes)
 
 
 def _check_place(profile: Profile, config: ServeConfig) -> None:
@@ -240,7 +249,7 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     logs.mkdir(parents=True, exist_ok=True)
     with output.noise_to(logs / "deploy.log"):
         version = find_version(recipe, profile, bundle)
-        with ray_session(profile, ["deploy"]), endpoint(profile, config, version) as url:
+        with ray_session(profile, ["deploy"], environment(recipe)), endpoint(profile, config, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
             try:

@@ -22,6 +22,9 @@ SETTINGS_VARIABLE = "HELIO_REQUEST_GATE"
 LINGER_S = 5.0
 """How long the rest of a refused body is read and thrown away: a client that is still sending then sees the answer."""
 
+LEAST_GRPC_BYTES = 4 * 2**20
+"""gRPC's own limit, where nothing is said."""
+
 SERVES_OWN_PATHS = ("/-/healthz", "/-/routes")
 SERVES_OWN_HEADERS = frozenset(
     (
@@ -46,7 +49,7 @@ class RequestGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await _answer(send, Refusal(404, "not_found", "there are no WebSockets here: see POST /v1/predict"), scope)
+            await refuse(send, Refusal(404, "not_found", "there are no WebSockets here: see POST /v1/predict"), scope)
             return
         if scope["type"] != "http" or scope["path"] in SERVES_OWN_PATHS:
             await self._app(scope, receive, send)
@@ -58,7 +61,7 @@ class RequestGate:
             await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
         except Refusal as error:
             self._let_go(body)
-            await _answer(send, error, scope, None if error.status == 408 else receive)
+            await refuse(send, error, scope, None if error.status == 408 else receive)
         except ClientDisconnect:
             pass
         finally:
@@ -129,7 +132,7 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _answer(send: Send, refusal: Refusal, scope: Scope, rest: Receive | None = None) -> None:
+async def refuse(send: Send, refusal: Refusal, scope: Scope, rest: Receive | None = None) -> None:
     """Refuse a request; `rest` gives what it still sends."""
     kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
     body = json.dumps(error_form(scope["path"], refusal)).encode()
@@ -179,7 +182,13 @@ def replica_environment(max_bytes: int, timeout_s: float, max_requests: int) -> 
     return {
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.replica_middlewares",
         SETTINGS_VARIABLE: json.dumps(settings),
+        **grpc_environment(max_bytes),
     }
+
+
+def grpc_environment(max_bytes: int) -> dict[str, str]:
+    """How large a gRPC message may be, in replicas and in Serve's proxy. It holds for answers, too."""
+    return {"RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max(max_bytes, LEAST_GRPC_BYTES))}
 
 
 def replica_middlewares() -> list[Middleware]:

@@ -23,20 +23,14 @@ REGISTRY_S = 20.0
 """The same where it asks the registry."""
 
 
-class Link:
-    """Asks the control actor, and tells it what this replica counts. All calls come from one event loop."""
+class Asking:
+    """Asks the control actor. All calls come from one event loop."""
 
-    def __init__(self, control: Any, replica: str, snapshot: Callable[[], Snapshot], arms: Arms) -> None:
+    def __init__(self, control: Any) -> None:
         """`control` is the actor's handle."""
-        self._control, self._replica, self._snapshot, self._arms = control, replica, snapshot, arms
+        self._control = control
         self._asked: list[tuple[Ask, asyncio.Future[Admission]]] = []
         self._asking: asyncio.Task[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def start(self) -> None:
-        """Begin to tell, and to do what the roll-out wants."""
-        loops: list[Coroutine[Any, Any, None]] = [self._tell(), self._follow(), self._observe()]
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     async def admit(self, ask: Ask) -> Admission:
         """Whether a request gets in. Raises Refusal where nobody can say."""
@@ -75,13 +69,6 @@ class Link:
         found: ModelVersion | None = await self.ask("champion", model, within_s=REGISTRY_S)
         return found
 
-    async def stop(self) -> None:
-        """Tell the last counts."""
-        for task in self._tasks:
-            task.cancel()
-        await self._control.hear.remote(self._snapshot())
-        await self._control.leave.remote(self._replica)
-
     async def _ask(self) -> None:
         """What comes while the actor decides goes there together."""
         while self._asked:
@@ -96,6 +83,27 @@ class Link:
                     if not decided.done():
                         decided.set_exception(error)
         self._asking = None
+
+
+class Link(Asking):
+    """Tells the control actor, too, what this replica counts, and does what the roll-out wants."""
+
+    def __init__(self, control: Any, replica: str, snapshot: Callable[[], Snapshot], arms: Arms) -> None:
+        super().__init__(control)
+        self._replica, self._snapshot, self._arms = replica, snapshot, arms
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to."""
+        loops: list[Coroutine[Any, Any, None]] = [self._tell(), self._follow(), self._observe()]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
+
+    async def stop(self) -> None:
+        """Tell the last counts."""
+        for task in self._tasks:
+            task.cancel()
+        await self._control.hear.remote(self._snapshot())
+        await self._control.leave.remote(self._replica)
 
     async def _tell(self) -> None:
         while True:

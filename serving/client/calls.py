@@ -26,7 +26,7 @@ from serving.client.answers import (
     read_one,
     status_error,
 )
-from serving.client.retries import Retries
+from serving.client.retries import Outcome, Retries, Tries
 
 KEY_VARIABLE = "HELIO_API_KEY"
 
@@ -73,11 +73,23 @@ class Endpoint:
         self.timeout_s = timeout_s
         self.retries = retries or Retries()
         key = key or os.environ.get(KEY_VARIABLE)
+        self._answered = False
         self._headers = {"authorization": f"Bearer {_header('the API key', key, show=False)}"} if key else {}
 
     def deadline(self) -> float:
         """When a call that begins now must have ended, on the clock of `time.monotonic`."""
         return time.monotonic() + self.timeout_s
+
+    def tries(self, deadline: float) -> Tries:
+        """The tries of a call."""
+        return Tries(self.retries, deadline, known=self._answered)
+
+    def final(self, outcome: Outcome) -> Reply:
+        """What a call has come to. Raises EndpointError."""
+        if isinstance(outcome, EndpointError):
+            raise outcome
+        self._answered = self._answered or outcome.status in (200, 201)
+        return outcome
 
     def get(self, path: str) -> Request:
         """A question without an image."""

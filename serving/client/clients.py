@@ -15,7 +15,7 @@ from cluster.errors import EndpointError
 from serving.client.answers import ImageError, Prediction, Reply
 from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, load, of_model
 from serving.client.connection import AsyncPool, Pool, Verify
-from serving.client.retries import Retries, Tries
+from serving.client.retries import Retries
 
 BATCH_SIZE = 8
 CONCURRENCY = 4
@@ -166,12 +166,12 @@ class Client:
         return document(self._send(self._endpoint.get(path), self._endpoint.deadline()))
 
     def _send(self, request: Request, deadline: float, pause: Callable[[float], object] = time.sleep) -> Reply:
-        tries = Tries(self._endpoint.retries, deadline)
+        tries = self._endpoint.tries(deadline)
         while True:
             outcome = self._pool.send(request, deadline)
             wait_s = tries.wait_s(outcome)
             if wait_s is None:
-                return _reply(outcome)
+                return self._endpoint.final(outcome)
             pause(wait_s)
 
 
@@ -284,12 +284,12 @@ class AsyncClient:
         return document(await self._send(self._endpoint.get(path), self._endpoint.deadline()))
 
     async def _send(self, request: Request, deadline: float) -> Reply:
-        tries = Tries(self._endpoint.retries, deadline)
+        tries = self._endpoint.tries(deadline)
         while True:
             outcome = await self._pool.send(request, deadline)
             wait_s = tries.wait_s(outcome)
             if wait_s is None:
-                return _reply(outcome)
+                return self._endpoint.final(outcome)
             await asyncio.sleep(wait_s)
 
 
@@ -298,9 +298,3 @@ def _only(answers: Sequence[Prediction | ImageError]) -> Prediction:
     if isinstance(answer, ImageError):
         raise answer
     return answer
-
-
-def _reply(outcome: Reply | EndpointError) -> Reply:
-    if isinstance(outcome, EndpointError):
-        raise outcome
-    return outcome

@@ -16,12 +16,14 @@ Outcome = Reply | EndpointError
 class Retries:
     """When a request is sent again. The same rules hold for every call of both clients.
 
-    - 503 and a connection that is refused: nothing has been begun. Again, up to `most` times.
+    - 503, a connection that is refused, and 404 by a proxy that knows no endpoint yet: nothing has been begun. Again,
+      up to `most` times; the last two until the deadline where the endpoint has answered this client before, since
+      its proxy is then being started again.
     - 429: the same, if the answer names a time in `Retry-After` and that is at most `longest_wait_s`.
-    - A connection lost on the way, or 502, by which a proxy says the same: once more, since the request may have been
-      what broke it. Nothing happens twice: a prediction changes nothing, a correction says the same again, and all
-      tries carry the same `x-request-id`. Of a stream only the images that had no answer yet are asked for, as a
-      request of their own.
+    - A connection lost on the way, or 502 or a 500 that is not the endpoint's, by which a proxy says the same: once
+      more, since the request may have been what broke it. Nothing happens twice: a prediction changes nothing, a
+      correction says the same again, and all tries carry the same `x-request-id`. Of a stream only the images that
+      had no answer yet are asked for, as a request of their own.
     - Any other answer, and silence until the deadline: never.
 
     Before a try passes what `Retry-After` says (seconds or an HTTP date), and on top of it a back-off that doubles
@@ -46,28 +48,44 @@ class Tries:
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        known: bool = False,
     ) -> None:
+        """`known`: the endpoint has answered before."""
         self._rules = rules
         self._deadline = deadline
         self._clock = clock
         self._wall = wall
+        self._known = known
         self._again = 0
+        self._counted = 0
         self._lost = False
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """How long to wait before the next try; None when there is none, and `outcome` is the call's."""
         status = outcome.status if isinstance(outcome, Reply) else None
         named = outcome.retry_after_s(self._wall) if isinstance(outcome, Reply) else None
-        if isinstance(outcome, Lost) or status == 502:
+        away = isinstance(outcome, NotReached) or (isinstance(outcome, Reply) and _knows_none(outcome))
+        if isinstance(outcome, Lost) or (isinstance(outcome, Reply) and _says_lost(outcome)):
             again, self._lost = not self._lost, True
         elif status == 429:
             again = named is not None and named <= self._rules.longest_wait_s
         else:
-            again = isinstance(outcome, NotReached) or status == 503
-        if not again or self._again >= self._rules.most:
+            again = away or status == 503
+        self._counted += not (away and self._known)
+        if not again or self._counted > self._rules.most:
             return None
         backoff = min(self._rules.backoff_s * 2 ** min(self._again, 30), self._rules.longest_backoff_s)
         self._again += 1
         # A crowd that was refused in one moment must not come back in one.
         wait = (named or 0.0) + backoff * random.uniform(0.5, 1.0)
         return wait if self._clock() + wait < self._deadline else None
+
+
+def _says_lost(reply: Reply) -> bool:
+    """HAProxy, as Ray Serve sets it up, says 500 for what has no answer; the endpoint's own are JSON."""
+    return reply.status == 502 or (reply.status == 500 and reply.refusal() is None)
+
+
+def _knows_none(reply: Reply) -> bool:
+    """Ray Serve's proxy names this path, and answers so for a moment after its start."""
+    return reply.status == 404 and reply.refusal() is None and b"/-/routes" in reply.body
