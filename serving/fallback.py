@@ -115,7 +115,8 @@ class Fallback:
     async def _check_key(self, scope: Scope) -> None:
         """Who has no key wakes nobody. The replica decides again, and counts. Raises Refusal."""
         if self._config.wants_keys:
-            ask = Ask(bearer(Headers(scope=scope).get("authorization", "")), "predict")
+            images = int(scope["path"] == "/v1/predict")
+            ask = Ask(bearer(Headers(scope=scope).get("authorization", "")), "predict", images)
             found = await self._control.ask("look", ask)
             if found.status in (401, 429):
                 raise Refusal(found.status, found.code, found.message, found.retry_after_s)
