@@ -1,0 +1,115 @@
+"""One real endpoint while it rests, grows, loses its processes and shrinks. The tests build on each other, in order."""
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+import requests
+
+from serving.admission import Ask, Quota
+from serving.client import Client
+from tests.operations.conftest import IMAGE, MOST, REPLICA, Load, Place, all_run, running
+from tests.operations.traffic import eventually, gone, kill, processes
+
+ALLOWED = {"200", "503 with Retry-After"}
+"""What somebody may see who tries nothing again: an answer, or that there are too many requests now."""
+
+
+def ask(place: Place, secret: str | None, path: str = "/v1/predict", method: str = "POST") -> requests.Response:
+    headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
+    return requests.request(method, place.url + path, data=IMAGE, headers=headers, timeout=60)
+
+
+def test_who_looks_after_a_resting_endpoint_does_not_wake_it(place: Place) -> None:
+    eventually(lambda: not processes(REPLICA))
+    for path in ("/healthz", "/readyz", "/", "/v2/health/live", "/v2/health/ready"):
+        assert ask(place, None, path, "GET").status_code == 200, path
+    status = ask(place, place.secret, "/v1/status", "GET").json()
+    assert (status["replicas"]["running"], status["model"]["version"]) == (0, "1")
+    assert "helio_replicas" in ask(place, place.secret, "/metrics", "GET").text
+    for path in ("/v1/status", "/metrics"):
+        assert ask(place, None, path, "GET").json()["error"]["code"] == "no_key"
+    assert ask(place, place.secret, "/robots.txt", "GET").json()["error"]["code"] == "not_found"
+    assert ask(place, place.secret, "/healthz").status_code == 405
+    # Nor does who may not ask.
+    assert ask(place, None).json()["error"]["code"] == "no_key"
+    _, spent = place.keys.create("spent", "test", quota=Quota(1, "day"))
+    place.keys.admit([Ask(spent, "predict", 1)])
+    assert ask(place, spent).json()["error"]["code"] == "quota_exceeded"
+    assert not processes(REPLICA)
+
+
+def test_a_request_wakes_it_and_is_answered(place: Place) -> None:
+    answer = ask(place, place.secret)
+    assert (answer.status_code, answer.json()["model"]["version"]) == (200, "1")
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_load_makes_all_replicas_start_and_costs_nobody_an_answer(load: Load) -> None:
+    load.plain.wait_for(20)
+    assert set(load.plain.came) <= ALLOWED and set(load.clients.came) == {"200"}
+
+
+def test_replicas_share_gpus(load: Load) -> None:
+    """Three on two of them."""
+    assert ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0) == MOST * 0.5
+
+
+def test_no_request_gets_in_over_the_quota(place: Place, load: Load) -> None:
+    _, secret = place.keys.create("quota", "test", quota=Quota(200, "day"))
+    together = threading.Barrier(32)
+
+    def send(count: int) -> list[int]:
+        with requests.Session() as session:
+            session.headers["authorization"] = f"Bearer {secret}"
+            together.wait(60)
+            url = f"{place.url}/v1/predict"
+            return [session.post(url, data=IMAGE, timeout=60).status_code for _ in range(count)]
+
+    with ThreadPoolExecutor(32) as threads:
+        came = Counter(status for found in threads.map(send, [20] * 32) for status in found)
+    assert came == {200: 200, 429: 440}
+
+
+def test_a_key_that_is_revoked_or_expires_is_refused_by_every_replica_from_then_on(place: Place, load: Load) -> None:
+    key, secret = place.keys.create("revoked", "test")
+    with ThreadPoolExecutor(12) as threads:
+        assert {ask(place, secret).status_code for _ in range(3)} == {200}
+        place.keys.revoke(key.id, "test", "it was in a log")
+        found = threads.map(lambda _: ask(place, secret).json(), range(48))
+        assert {answer["error"]["code"] for answer in found} == {"revoked_key"}
+        _, secret = place.keys.create("expiring", "test", expires=time.time() + 1.0)
+        eventually(lambda: ask(place, secret).status_code == 401)
+        found = threads.map(lambda _: ask(place, secret).json(), range(48))
+        assert {answer["error"]["code"] for answer in found} == {"expired_key"}
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param((REPLICA,), id="replica"),
+        pytest.param(("ray::Control",), id="control actor"),
+        pytest.param(("ray::ServeController",), id="Serve's controller"),
+        pytest.param(("haproxy", "-db"), id="HAProxy"),
+    ],
+)
+def test_a_process_that_dies_costs_no_client_an_answer(place: Place, load: Load, victim: tuple[str, ...]) -> None:
+    pid = kill(*victim)
+    eventually(lambda: gone(pid) and processes(*victim))
+    load.clients.wait_for(40)
+    if victim == (REPLICA,):
+        eventually(all_run)
+    assert set(load.clients.came) == {"200"}
+    assert Client(place.url, key=place.secret).status()["model"]["version"] == "1"
+
+
+def test_the_end_of_the_load_takes_replicas_away_and_no_answer(load: Load) -> None:
+    before = Counter(load.plain.came)
+    load.clients.leave(0)
+    load.plain.leave(1)
+    eventually(lambda: running() == 1)
+    load.plain.wait_for(20)
+    assert set(load.plain.came - before) <= ALLOWED and set(load.clients.came) == {"200"}
