@@ -31,7 +31,7 @@ from serving.client import (
     StatusError,
     endpoint_url,
 )
-from serving.client.answers import Reply
+from serving.client.answers import NotReached, Reply
 from serving.client.retries import Tries
 from serving.config import ServeConfig
 from tests.serving.scripted import MODEL, answer, both, classify, cut, error, opened, scripted, send, trickle
@@ -226,8 +226,9 @@ def test_the_waits_between_tries() -> None:
         send(b"HTTP/1.1 200 OK\r\ncontent-le"),
         send(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"),
         answer(502, "<html>"),
+        answer(500, "Internal Server Error"),
     ],
-    ids=["before the answer", "within its head", "within its body", "behind a proxy"],
+    ids=["before the answer", "within its head", "within its body", "behind a proxy", "behind HAProxy"],
 )
 def test_a_lost_connection_is_tried_once_more(kind: Any, break_off: Any) -> None:
     with scripted(break_off, answer(200, ANSWER)) as server, opened(kind, server.url) as client:
@@ -236,10 +237,24 @@ def test_a_lost_connection_is_tried_once_more(kind: Any, break_off: Any) -> None
     with (
         scripted(break_off) as server,
         opened(kind, server.url) as client,
-        pytest.raises(EndpointError, match=r"broke the connection off twice|answered 502"),
+        pytest.raises(EndpointError, match=r"broke the connection off twice|answered 50[02]"),
     ):
         client.predict(b"bytes")
     assert len(server.asked) == 2
+
+
+def test_an_endpoint_that_has_answered_is_waited_for_while_its_proxy_is_started_again() -> None:
+    away = NotReached("refused")
+    starting = Reply(
+        "http://e", 404, {}, bytearray(b"Path '/v1/predict' not found. Ping http://.../-/routes for more.")
+    )
+    ours = Reply("http://e", 404, {}, bytearray(b'{"error": {"code": "not_found", "message": "no /-/routes here"}}'))
+    for known, waited in ((False, 5), (True, 20)):
+        tries = Tries(Retries(), 1e9, lambda: 0.0, known=known)
+        waits = [tries.wait_s(outcome) for outcome in [away, starting] * 10]
+        assert sum(wait is not None for wait in waits) == waited
+    assert Tries(Retries(), 1.0, lambda: 0.95, known=True).wait_s(away) is None
+    assert Tries(Retries(), 1e9, known=True).wait_s(ours) is None
 
 
 @both
