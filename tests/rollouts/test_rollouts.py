@@ -12,7 +12,7 @@ import requests
 
 from cluster.errors import EndpointError
 from cluster.output import Output
-from serving.control import NAME
+from serving.control import NAME, NAMESPACE
 from serving.rollout_command import change_command
 from tests.rollouts.conftest import Stage
 from tests.rollouts.crowd import Told, ask, pictures
@@ -146,7 +146,7 @@ def test_a_roll_out_outlives_the_control_actor(stage: Stage) -> None:
     order(stage, "start", other.version)
     ask(stage.url, IMAGES, 10_000, reaches("25%"))
     entries = len(document(stage)["audit"])
-    ray.kill(ray.get_actor(NAME), no_restart=False)
+    ray.kill(ray.get_actor(NAME, NAMESPACE), no_restart=False)
     # Nobody is sent elsewhere meanwhile.
     told = ask(stage.url, IMAGES, 10_000, is_over)
     assert {one.status for one in told} == {200}

@@ -446,9 +446,8 @@ def test_the_endpoints_own_answers_are_shown(address: str, url: str, photo: Path
 
 
 def test_the_files_want_no_key_are_bound_by_a_policy_and_checked_each_time() -> None:
-    served: Any = SimpleNamespace(classes=["a"], version=SimpleNamespace(version="7"))
-    desk: Any = SimpleNamespace(metrics=Metrics("a", "pets"), keys=True)
-    client = TestClient(Api(served, ServeConfig(), desk))
+    desk: Any = SimpleNamespace(metrics=Metrics("a", "pets"), log=None, find=None, keys=True)
+    client = TestClient(Api(SimpleNamespace(), ServeConfig(), desk))  # type: ignore[arg-type]
     loaded = re.findall('(?:href|src)="(page/[^"]+)"', client.get("/").text)
     assert len(loaded) == 2
     for path in ("/", *(f"/{name}" for name in loaded)):
