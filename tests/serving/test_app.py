@@ -20,6 +20,7 @@ from jobs.data.decode import decode_image
 from jobs.registry import ModelVersion
 from serving.app import NAME
 from serving.client import Client
+from serving.gate import LEAST_GRPC_BYTES
 from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture
 
 
@@ -119,6 +120,17 @@ def test_triton_clients_curl_and_ours_get_the_same_numbers(url: str, deployed: D
             assert found.shape == (2, len(CLASSES)) and found[0] == pytest.approx(expected, abs=1e-6)
             with pytest.raises(tritonclient.utils.InferenceServerException, match="no model"):
                 client.infer("other", [sent])
+
+
+def test_a_call_over_grpc_is_no_larger_than_what_is_read(url: str, deployed: Deployed) -> None:
+    import tritonclient.grpc
+
+    address = url.removeprefix("http://").split(":")[0]
+    with tritonclient.grpc.InferenceServerClient(f"{address}:{deployed.config.grpc_port}") as client:
+        sent = tritonclient.grpc.InferInput("image", [1], "BYTES")
+        sent.set_data_from_numpy(np.array([bytes(LEAST_GRPC_BYTES)], np.object_))
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="larger than max"):
+            client.infer("tiny", [sent])
 
 
 def test_json_carries_one_image_or_several(url: str) -> None:
