@@ -1,15 +1,10 @@
-"""The keys of an endpoint and what they have used, in one sqlite file.
-
-The processes that use the file must be on one machine: sqlite's write-ahead log has its index in shared memory.
-"""
+"""The keys of an endpoint and what they have used, in one sqlite file."""
 
 import re
 import secrets
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +12,11 @@ from pathlib import Path
 from cluster.errors import HelioError
 from cluster.schema import nearest
 from serving.admission import PERIODS, SCOPES, UNLIMITED, Account, Admission, Ask, Key, Quota, Rate, decide, digest_of
+from serving.database import Database
 
 SECRET = re.compile(r"helio_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 """A secret and the id in it; its end is 256 random bits."""
 LAST_EXPIRY = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
-BUSY_S = 30.0
-"""How long sqlite waits for another process that is writing."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS api_keys (
@@ -45,22 +39,13 @@ class KeyStore:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Raises HelioError for a file that cannot be used, as all methods do."""
-        self.path, self._clock, self._lock = path, clock, threading.Lock()
-        with self._faults():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(0o600)
-            self._connection = _connect(path)
-        try:
-            with self._transaction():
-                self._connection.execute(_TABLE)
-        except HelioError:
-            self._connection.close()
-            raise
+        self._clock = clock
+        self._database = Database(path, _TABLE, f"the keys in {path}")
+        self._connection = self._database.connection
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._connection.close()
+        self._database.close()
 
     def create(
         self,
@@ -94,7 +79,7 @@ class KeyStore:
             "tokens": rate.burst if rate else 0,
             "filled": now,
         }
-        with self._transaction(synchronous="FULL"):
+        with self._database.transaction(synchronous="FULL"):
             self._connection.execute(
                 f"INSERT INTO api_keys ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values())
             )
@@ -102,7 +87,7 @@ class KeyStore:
 
     def keys(self) -> list[Key]:
         """All keys, the oldest first, also those that are no longer good."""
-        with self._transaction():
+        with self._database.transaction():
             now = self._clock()
             rows = self._connection.execute("SELECT * FROM api_keys ORDER BY rowid").fetchall()
         return [_shown(_account(row, now)) for row in rows]
@@ -112,7 +97,7 @@ class KeyStore:
 
         Raises HelioError for an id that there is not.
         """
-        with self._transaction(synchronous="FULL"):
+        with self._database.transaction(synchronous="FULL"):
             now = self._clock()
             self._connection.execute(
                 "UPDATE api_keys SET revoked = ?, revoked_by = ?, revoked_why = ? WHERE id = ? AND revoked IS NULL",
@@ -126,7 +111,7 @@ class KeyStore:
         A granted request takes its images from the quota and one from the rate, a refused one takes nothing. What is
         granted stays counted if this process dies; if the machine loses its power, the last few may not.
         """
-        with self._transaction():
+        with self._database.transaction():
             # Read while nobody else can write: no decision is made at an earlier time than the one before it.
             now = self._clock()
             accounts: dict[str, Account | None] = {}
@@ -146,7 +131,7 @@ class KeyStore:
         `admitted` is `Admission.at`, None for now: what was taken in a period that is over is not given to the next.
         Raises HelioError for an id that there is not.
         """
-        with self._transaction():
+        with self._database.transaction():
             now = self._clock()
             account = self._require(key_id, now)
             if admitted is None or admitted >= account.since:
@@ -170,46 +155,6 @@ class KeyStore:
             "UPDATE api_keys SET used = ?, since = ?, tokens = ?, filled = ? WHERE id = ?",
             [(account.used, account.since, account.tokens, now, account.key.id) for account in accounts],
         )
-
-    @contextmanager
-    def _transaction(self, synchronous: str = "NORMAL") -> Iterator[None]:
-        """Alone with the file: it has all that the block does once that ends, or nothing.
-
-        In WAL mode NORMAL is safe from the end of the process, FULL from that of the machine, too.
-        """
-        with self._lock, self._faults():
-            self._connection.execute(f"PRAGMA synchronous = {synchronous}")
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise HelioError(f"the keys in {self.path} cannot be used: {reason}") from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-    connection.row_factory = sqlite3.Row
-    deadline = time.monotonic() + BUSY_S
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return connection
-        except sqlite3.Error as error:
-            # In this one statement sqlite does not wait for others that open the new file, too.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                connection.close()
-                raise
-            time.sleep(0.01)
 
 
 def _account(row: sqlite3.Row, now: float) -> Account:

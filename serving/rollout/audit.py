@@ -1,19 +1,13 @@
 """Who did what in roll-outs, when and why: a log that only grows. With it, in one sqlite file, where they stand."""
 
 import json
-import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
 from cluster.errors import HelioError
+from serving.database import Database
 from serving.rollout.state import Entry, Rollout
-
-BUSY_S = 30.0
-"""How long sqlite waits for another process that is writing."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS rollouts (id TEXT PRIMARY KEY, document TEXT NOT NULL);
@@ -41,23 +35,13 @@ class AuditLog:
 
     def __init__(self, path: Path) -> None:
         """Raises HelioError for a file that cannot be used, as all methods do."""
-        # These words may reach a caller: they tell no directories.
-        self._name, self._lock = path.name, threading.Lock()
-        with self._faults():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(0o600)
-            self._connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
-                self._connection.execute("PRAGMA journal_mode = WAL")
-                self._connection.executescript(_TABLES)
-            except sqlite3.Error:
-                self._connection.close()
-                raise
+        # Its name may reach a caller, who is told no directories.
+        self._database = Database(path, _TABLES, f"the roll-outs in {path.name}")
+        self._connection = self._database.connection
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._connection.close()
+        self._database.close()
 
     def commit(self, rollout: Rollout, entry: Entry | None) -> None:
         """Keep where a roll-out stands, and what brought it there.
@@ -65,7 +49,7 @@ class AuditLog:
         With an entry, both are on the disk when this returns: let the transition take effect after it. Without one, the
         last counts are lost if the machine loses its power, not if the process ends.
         """
-        with self._transaction("FULL" if entry else "NORMAL"):
+        with self._database.transaction("FULL" if entry else "NORMAL"):
             if entry:
                 text = json.dumps(asdict(entry))
                 self._connection.execute(
@@ -79,13 +63,13 @@ class AuditLog:
 
     def last(self) -> Rollout | None:
         """The roll-out that was started last, as it stands; None before the first."""
-        with self._lock, self._faults():
+        with self._database.reading():
             row = self._connection.execute("SELECT document FROM rollouts ORDER BY rowid DESC LIMIT 1").fetchone()
         return Rollout.from_dict(json.loads(row[0])) if row else None
 
     def entries(self, most: int = 100) -> list[Entry]:
         """The last entries, the oldest of them first."""
-        with self._lock, self._faults():
+        with self._database.reading():
             rows = self._connection.execute(
                 "SELECT entry FROM rollout_audit ORDER BY number DESC LIMIT ?", (most,)
             ).fetchall()
@@ -93,7 +77,7 @@ class AuditLog:
 
     def verify(self) -> str:
         """The digest of the last entry. Raises HelioError that names the first entry which is not as it was written."""
-        with self._lock, self._faults():
+        with self._database.reading():
             rows = self._connection.execute(
                 "SELECT number, entry, digest FROM rollout_audit ORDER BY number"
             ).fetchall()
@@ -110,27 +94,6 @@ class AuditLog:
     def _last_digest(self) -> str:
         row = self._connection.execute("SELECT digest FROM rollout_audit ORDER BY number DESC LIMIT 1").fetchone()
         return row[0] if row else ""
-
-    @contextmanager
-    def _transaction(self, synchronous: str) -> Iterator[None]:
-        """Alone with the file. In WAL mode FULL waits for the disk at each commit, NORMAL does not."""
-        with self._lock, self._faults():
-            self._connection.execute(f"PRAGMA synchronous = {synchronous}")
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._connection.execute("COMMIT")
-            finally:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise HelioError(f"the roll-outs in {self._name} cannot be used: {reason}") from error
 
 
 def _digest(before: str, text: str) -> str:
