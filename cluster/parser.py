@@ -1,0 +1,178 @@
+"""The words that the `helio` command takes."""
+
+import argparse
+from typing import Any, NoReturn
+
+UNTIL = {
+    "ingest": ("ingest", "read a source of images into a data set"),
+    "pretrain": ("pretrain", "go on to distributed pre-training"),
+    "tune": ("tune", "go on to the fine-tuning search"),
+    "export": ("export", "go on to the exported, registered bundle"),
+    "run": ("deploy", "go the whole way, up to an endpoint that has answered held-out images"),
+}
+"""Commands that carry out the stages of a run up to one of them."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong word gets one line, as every other mistake; a part of an option's name is none."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{**settings, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where to read more; exit code 2."""
+        self.exit(2, f"helio: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of helio."""
+    parser = _Parser(
+        prog="helio",
+        description="From a folder of images to an endpoint that people use, with one recipe.",
+        epilog="Each command takes a recipe (a file, or the name of a shipped one) and overrides: section.key=value.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in UNTIL.items():
+        command = commands.add_parser(name, help=text)
+        _add_recipe(command, required=False)
+        command.add_argument("--resume", metavar="RUN", help="go on with this run from its last finished stage")
+        command.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
+        if name == "tune":
+            command.description = (
+                "Goes on to the fine-tuning search. `helio tune report RUN` says what a search has taught, also while "
+                "it goes on; `helio tune dashboard RUN` opens optuna-dashboard on it."
+            )
+            command.add_argument("--port", type=int, help="of the dashboard (default: 8080)")
+        if name == "run":
+            command.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until Ctrl-C")
+    deploy = commands.add_parser("deploy", help="serve the champion of a recipe's model until Ctrl-C")
+    _add_recipe(deploy, required=True)
+    deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")
+    deploy.add_argument(
+        "--tune-batching", action="store_true", help="serve nothing: find the batch size that answers most images"
+    )
+    deploy.add_argument(
+        "--latency-ms", type=float, metavar="MS", help="that 99 of 100 answers keep within while tuning (default: 50)"
+    )
+    deploy.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
+    evaluate = commands.add_parser("evaluate", help="compare the pre-trained start of a run with one from scratch")
+    evaluate.add_argument("run", metavar="RUN", help="a run that has finished pre-training")
+    evaluate.add_argument("overrides", nargs="*", metavar="evaluate.key=value")
+    evaluate.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: its own)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
+    _add_keys(commands.add_parser("keys", help="make, list and revoke the API keys of an endpoint"))
+    _add_rollout(
+        commands.add_parser("rollout", help="put a candidate before users step by step, at a running endpoint")
+    )
+    trace = commands.add_parser("trace", help="the way from an answer back to bundle, trial, data set and recipe")
+    trace.add_argument("request_id", metavar="REQUEST_ID", help="as the answer has it")
+    _add_place(trace)
+    _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
+    recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
+    recipes.add_argument("name", nargs="?", metavar="RECIPE")
+    recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
+    recipes.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def _add_predict(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "FILEs are sent to an endpoint. A whole source (--data) is labelled by the champion of a recipe's model, or by "
+        "--bundle, without an endpoint; the results are Parquet files below --output."
+    )
+    command.add_argument("files", nargs="*", metavar="FILE")
+    command.add_argument("--recipe", help="recipe whose serve section names the endpoint, or whose champion labels")
+    command.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
+    command.add_argument("--key-file", metavar="FILE", help="file with the API key (default: $HELIO_API_KEY)")
+    command.add_argument("--top-k", type=int, metavar="N", help="print the N most probable classes (default: 1)")
+    command.add_argument("--model", metavar="NAME", help="one of the endpoint's serve.models (default: its own)")
+    command.add_argument("--heat-map", metavar="DIR", help="draw there what the model looked at, a PNG a FILE")
+    command.add_argument("--data", metavar="SOURCE", help="an image source, or the directory of an ingested data set")
+    command.add_argument("--output", metavar="URI", help="directory of the results; what is there is not done again")
+    command.add_argument("--bundle", metavar="DIR", help="label with this bundle instead of the registry's champion")
+    command.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all)")
+    command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_keys(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a key; its secret is printed once")
+    listed = actions.add_parser("list", help="one line for each key")
+    revoke = actions.add_parser("revoke", help="refuse a key from the next request on")
+    for action in (create, listed, revoke):
+        action.add_argument("model", metavar="RECIPE", help="whose endpoint: a recipe, or the name of its model")
+    revoke.add_argument("key", metavar="KEY", help="its id, as in helio keys list")
+    revoke.add_argument("--why", required=True, help="kept with the key")
+    create.add_argument("--name", required=True, help="for whom or what it is")
+    create.add_argument("--scope", action="append", help="predict, feedback, status or admin; one each")
+    create.add_argument("--expires", metavar="WHEN", help="30d, 12h, a date (UTC) or never (default)")
+    create.add_argument("--rate", metavar="N/s", help="requests a second, as 5/s")
+    create.add_argument("--burst", type=int, metavar="N", help="requests at once (default: those of a second)")
+    create.add_argument("--quota", metavar="N/PERIOD", help="images, as 1000/day, 1000/month or 1000/total")
+    create.add_argument("--trial", action="store_true", help="a key to try the endpoint with, small and short-lived")
+    for action in (create, listed, revoke):
+        _add_place(action)
+
+
+def _add_rollout(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "start": "load a version beside the champion, and let it earn its users",
+        "status": "where the roll-out stands, what both versions have shown, and the audit log",
+        "pause": "take no step until resume; harm still rolls the candidate back",
+        "resume": "take steps again",
+        "promote": "the candidate answers everybody from now on",
+        "abort": "the champion answers everybody again",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument("--endpoint", metavar="URL", help="default: http://127.0.0.1:8000")
+        action.add_argument(
+            "--key-file", metavar="FILE", help="an API key (default: HELIO_API_KEY); orders want the scope admin"
+        )
+        if name != "status":
+            action.add_argument("--why", help="for the audit log")
+        if name == "start":
+            action.add_argument("--version", help="a number of the registry, or an alias (default: candidate)")
+        action.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="profile.key=value")
+    command.add_argument("--profile", help="whose storage: a file, or the name of a shipped profile (default: local)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "list": "one line for each data set of the workspace",
+        "show": "what a data set is; with --output, drawn",
+        "diff": "what has changed from data set A to B",
+        "verify": "check checksums, rows and ids of every shard",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        for word in {"list": (), "diff": ("A", "B")}.get(name, ("DATASET",)):
+            action.add_argument(
+                word.lower(), metavar=word, help="its name or fingerprint, or how they begin; or a path"
+            )
+        action.add_argument("overrides", nargs="*", metavar="section.key=value")
+        if name == "show":
+            action.add_argument("--output", metavar="DIR", help="write preview.html and its pictures as PNG there")
+            action.add_argument("--recipe", help="draw the augmentation of this recipe")
+        if name == "verify":
+            action.add_argument("--decode", action="store_true", help="decode every image, too")
+        action.add_argument(
+            "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
+        )
+        action.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:
+    command.add_argument("recipe", nargs=None if required else "?", metavar="RECIPE")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
+    command.add_argument("--json", action="store_true", help="print one JSON document")
