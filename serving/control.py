@@ -140,8 +140,10 @@ class Control:
 
     async def observe(self, replica: str, told: Told) -> None:
         """What a replica has seen of the roll-out."""
+        before = self._director.view
         self._director.hear(replica, told, {replica, *self._merged.replicas})
-        self._announce()
+        if self._director.view != before:
+            self._announce()
 
     async def rollout(self) -> dict[str, Any]:
         """The roll-out and its audit log."""
