@@ -33,7 +33,7 @@ from serving.records.log import PredictionLog
 from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms
 from serving.rollout.state import Version
-from serving.served import Served
+from serving.served import Served, politely
 
 NAME = "helio"
 """The Serve application."""
@@ -78,7 +78,8 @@ class Predictor(InferenceService):
         decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
 
         def load(found: ModelVersion) -> Served:
-            return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
+            with politely():
+                return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
 
         def load_own(version: Version) -> Served:
             return load(ModelVersion(model, version.version, Path(version.bundle), version.digest))

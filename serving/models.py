@@ -14,7 +14,7 @@ from typing import Any
 from cluster.errors import HelioError
 from jobs.registry import ModelVersion
 from serving.metrics.replica import Metrics
-from serving.served import Served, politely
+from serving.served import Served
 from serving.upload import Refusal
 
 FOLLOW_S = 3.0
@@ -117,7 +117,7 @@ class Shelf:
             version = await self._champion(name)
             if name not in self._held or self._held[name].version != version:
                 async with self._one_at_a_time:
-                    self._put(name, await asyncio.to_thread(self._loaded, version))
+                    self._put(name, await asyncio.to_thread(self._load, version))
             self._faults.pop(name, None)
         except Exception as error:
             # Whatever it is: the replica and the other models go on.
@@ -131,10 +131,6 @@ class Shelf:
         if version is None:
             raise _refusal(f"model {name} has no champion in the registry: run `helio export` of it, then ask again")
         return version
-
-    def _loaded(self, version: ModelVersion) -> Served:
-        with politely():
-            return self._load(version)
 
     def _put(self, name: str, served: Served) -> None:
         if name in self._held:

@@ -11,7 +11,7 @@ from serving.metrics.replica import Metrics
 from serving.rollout.director import Told
 from serving.rollout.split import takes_candidate
 from serving.rollout.state import CALIBRATION, Version, View
-from serving.served import Role, Served, politely
+from serving.served import Role, Served
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
@@ -76,15 +76,17 @@ class Arms:
 
     async def follow(self, view: View) -> None:
         """Do what `view` says from now on."""
-        candidate = self._candidate
-        if not _same(self._champion, view["champion"]):
-            self._retire(self._champion)
+        if view == self._view:
+            return
+        before, candidate = self._champion, self._candidate
+        if not _same(before, view["champion"]):
             if candidate is not None and _same(candidate, view["champion"]):
                 candidate.arm.unloaded()
                 self._champion, self._candidate = candidate, None
             else:
-                self._champion = await asyncio.to_thread(self._loaded, Version(**view["champion"]))
+                self._champion = await asyncio.to_thread(self._load, Version(**view["champion"]))
             self._champion.play("champion", self._metrics)
+            self._retire(before)
         elif candidate is not None and not _same(candidate, view["candidate"]):
             self._candidate = None
             self._retire(candidate)
@@ -170,13 +172,9 @@ class Arms:
             if served is not None:
                 served.close()
 
-    def _loaded(self, version: Version) -> Served:
-        with politely():
-            return self._load(version)
-
     def _hold(self, version: Version) -> None:
         try:
-            candidate = self._loaded(version)
+            candidate = self._load(version)
         except Exception as error:
             # Whatever it is: a candidate that cannot be loaded takes no request.
             logger.exception("version %s cannot be loaded", version.version)

@@ -208,6 +208,21 @@ def test_a_candidate_that_cannot_be_loaded_is_told(directory: Path) -> None:
     asyncio.run(work())
 
 
+def test_a_champion_that_cannot_be_loaded_leaves_the_one_that_answers(directory: Path) -> None:
+    class Broken(Model):
+        def load(self) -> "Model":
+            raise ValueError("the graph is damaged")
+
+    async def work() -> None:
+        promoted = at(1).promote("ann", "it is good", 1.0).rollout
+        async with replica(at(0).abort("ann", "not now", 1.0).rollout, Model(0), Broken(1), directory) as one:
+            with pytest.raises(ValueError, match="the graph is damaged"):
+                await one.arms.follow(promoted.view())
+            assert (await one.ask())["model"]["version"] == "6"
+
+    asyncio.run(work())
+
+
 def test_labels_that_users_give_are_counted_for_who_has_answered(directory: Path) -> None:
     async def work() -> None:
         async with replica(at(1), Model(0), Model(1), directory) as one:
