@@ -52,8 +52,8 @@ class Inquiry:
     role: Role = "champion"
     stage: str = ""
     """That of the roll-out when the version was chosen; empty for another model, which takes no part in it."""
-    failed: Served | None = None
-    """A candidate that could not answer; the champion did."""
+    candidate_failed: bool = False
+    """It could not answer; the champion did."""
     held: list[Served] = field(default_factory=list)
     """Versions that are not to be given up before the answer is out."""
 
@@ -143,7 +143,7 @@ class Answering:
         except Exception:
             logger.exception("candidate %s failed on request %s", served.version.version, inquiry.request_id)
         served.arm.error("internal")
-        inquiry.failed = served
+        inquiry.candidate_failed = True
         self.begin(inquiry, self.arms.champion, self.arms.stage)
         return await work(self.arms.champion)
 
@@ -202,7 +202,7 @@ class Answering:
             held.users -= 1
         if served is None or not self.arms.is_watching:
             return
-        if inquiry.failed is not None:
+        if inquiry.candidate_failed:
             self.arms.count(inquiry.stage, "candidate", failed=True)
         elif inquiry.code in OWN_FAULTS:
             self.arms.count(inquiry.stage, inquiry.role, failed=True)

@@ -115,10 +115,8 @@ class Fallback:
     async def _check_key(self, scope: Scope) -> None:
         """Who has no key wakes nobody. The replica decides again, and counts. Raises Refusal."""
         if self._config.wants_keys:
-            secret, images = (
-                secret_of(Headers(scope=scope).get("authorization", "")),
-                int(scope["path"] == "/v1/predict"),
-            )
+            secret = secret_of(Headers(scope=scope).get("authorization", ""))
+            images = int(scope["path"] == "/v1/predict")
             found = await self._control.admit(Ask(secret, "predict", images, counts=False))
             if found.status in (401, 429):
                 raise Refusal(found.status, found.code, found.message, found.retry_after_s)
