@@ -47,7 +47,7 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # Ray has no name for HAProxy's `timeout http-request`, without which the head of a request may arrive for ever,
         # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is.
-        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s",
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s\n    no log",
         # Ray's hour is for WebSockets. It runs only while the client is to send or to read.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # The application runs in the replica's own event loop: a third of a request's way is no thread away any more.

@@ -17,7 +17,7 @@ from serving.models import Shelf
 from serving.records.log import DRAIN_S, PredictionLog, Record
 from serving.records.lookup import Lookup
 from serving.rollout.arms import Arms
-from serving.served import Role, Served, top
+from serving.served import Role, Served
 from serving.upload import Refusal, is_open_inference, shown
 
 JUDGED = 100_000
@@ -254,7 +254,7 @@ class Answering:
         image: bytes | Pixels,
         size: tuple[int, int],
     ) -> None:
-        best = top(answer.probabilities, self.labels(served))
+        best = answer.ranking[: self.labels(served)]
         self._log.add(
             Record(
                 inquiry.request_id,

@@ -29,6 +29,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -88,6 +89,14 @@ class Desk:
     """Whether requests want one."""
 
 
+class AnswerResponse(JSONResponse):
+    """JSON, made several times as fast as by the standard library."""
+
+    def render(self, content: Any) -> bytes:
+        """See Starlette."""
+        return orjson.dumps(content)
+
+
 Handler = Callable[[Request, Inquiry], Awaitable[Response]]
 
 
@@ -121,7 +130,7 @@ class Api:
             await _live(receive, send)
             return
         request = Request(scope, receive)
-        told = _told(request)
+        told = _told(scope)
         self.ongoing += 1
         status = 500
         try:
@@ -154,7 +163,7 @@ class Api:
             return {"results": await asyncio.gather(*answers)}
 
         found = await self.answering.reliably(told, all_of_them if upload.many else one)
-        return JSONResponse({**_about(told), **found})
+        return AnswerResponse({**_about(told), **found})
 
     async def open_inference(self, request: Request, told: Inquiry) -> Response:
         """See serving.open_inference."""
@@ -352,14 +361,15 @@ class Api:
         return options
 
 
-def _told(request: Request) -> Inquiry:
-    headers = request.headers
+def _told(scope: Scope) -> Inquiry:
+    headers = dict(scope["headers"])
+    user = headers.get(b"x-user")
     return Inquiry(
         time.perf_counter(),
-        _VARIABLE.sub(_template, request.scope["path"]),
-        headers.get("x-request-id", ""),
-        secret_of(headers.get("authorization", "")),
-        headers.get("x-user"),
+        _VARIABLE.sub(_template, scope["path"]),
+        headers.get(b"x-request-id", b"").decode("latin-1"),
+        secret_of(headers.get(b"authorization", b"").decode("latin-1")),
+        None if user is None else user.decode("latin-1"),
     )
 
 

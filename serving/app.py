@@ -33,7 +33,7 @@ from serving.records.log import PredictionLog
 from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms
 from serving.rollout.state import Version
-from serving.served import Served, politely
+from serving.served import Served, politely, runs_in_loop
 
 NAME = "helio"
 """The Serve application."""
@@ -76,10 +76,11 @@ class Predictor(InferenceService):
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
         decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
+        batches = (self._config.max_batch_size, self._config.batch_wait_timeout_s)
 
         def load(found: ModelVersion) -> Served:
             with politely():
-                return Served(found, self._config.max_batch_size, self._config.batch_wait_timeout_s, decoders, turn)
+                return Served(found, *batches, decoders, turn, runs_in_loop(threads, gpus))
 
         def load_own(version: Version) -> Served:
             return load(ModelVersion(model, version.version, Path(version.bundle), version.digest))

@@ -8,11 +8,13 @@ import asyncio
 import json
 import os
 import re
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from serving.records.identity import new_request_id
 from serving.upload import Refusal, error_form
@@ -36,7 +38,7 @@ SERVES_OWN_HEADERS = frozenset(
     )
 )
 """Serve obeys these, and fails on bytes in them that are no UTF-8. Of a client's only its request id is kept."""
-REQUEST_ID = re.compile("[!-~]{1,200}")
+REQUEST_ID = re.compile(b"[!-~]{1,200}")
 
 
 class RequestGate:
@@ -58,6 +60,7 @@ class RequestGate:
         body: list[bytes] = []
         try:
             await self._take_in(scope, receive, body)
+            _join_head_and_body(scope, send)
             await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
         except Refusal as error:
             self._let_go(body)
@@ -69,8 +72,8 @@ class RequestGate:
 
     async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes]) -> None:
         """Read the body, as one element. Raises Refusal, or ClientDisconnect."""
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self._max_bytes:
             raise self._too_large()
         size, more = 0, True
         try:
@@ -108,14 +111,41 @@ def _overloaded() -> Refusal:
 
 
 def _set_own_headers(scope: Scope) -> None:
-    sent = Headers(scope=scope).get("x-request-id", "")
-    request_id = sent if REQUEST_ID.fullmatch(sent) else new_request_id()
+    sent = dict(scope["headers"]).get(b"x-request-id", b"")
+    request_id = sent if REQUEST_ID.fullmatch(sent) else new_request_id().encode()
     scope["headers"] = [
-        *(header for header in scope["headers"] if header[0].lower().replace(b"-", b"_") not in SERVES_OWN_HEADERS),
-        (b"x-request-id", request_id.encode()),
+        *[header for header in scope["headers"] if header[0].replace(b"-", b"_") not in SERVES_OWN_HEADERS],
+        (b"x-request-id", request_id),
         # Serve would watch each connection with a task of its own; who has gone is noticed when it is written to.
         (b"x-request-disconnect-disabled", b"?1"),
     ]
+
+
+class _Joined:
+    """A transport that sends the first two writes as one."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._first: bytes | None = None
+
+    def write(self, data: bytes) -> None:
+        """See asyncio."""
+        if self._first is None:
+            self._first = data
+        else:
+            first, self._first = self._first, b""
+            self._transport.write(first + data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+def _join_head_and_body(scope: Scope, send: Send) -> None:
+    """uvicorn writes the head of an answer, then its body: two packets, each of which wakes the proxy."""
+    cycle = getattr(send, "__self__", None)
+    # A HEAD has no second write.
+    if isinstance(cycle, RequestResponseCycle) and scope["method"] != "HEAD":
+        cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -4,14 +4,13 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.bundle import Bundle
 from jobs.data.decode import DecodeError, Pixels, decode_to_size
@@ -21,8 +20,6 @@ from serving.metrics.replica import Arm, Metrics
 from serving.upload import Refusal
 
 Role = Literal["champion", "candidate"]
-FEW = 128
-"""Scores that are sorted without NumPy."""
 INLINE_PIXELS = 65_536
 """Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
 INLINE_BYTES = 4 * INLINE_PIXELS
@@ -57,9 +54,10 @@ class Served:
         wait_s: float,
         decoders: ThreadPoolExecutor,
         turn: threading.Lock,
+        may_run_in_loop: bool = False,
     ) -> None:
-        """Versions that share `turn` run one at a time. Raises CheckpointError when the bundle is not the registered
-        one."""
+        """Versions that share `turn` run one at a time; one that `may_run_in_loop` does so while it is `alone`, if it
+        is quick. Raises CheckpointError when the bundle is not the registered one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
         self.version = version
@@ -68,7 +66,7 @@ class Served:
         self._loaded, self._decoders = self.bundle.load(), decoders
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._turn = turn
+        self._turn, self._may_run_in_loop = turn, may_run_in_loop
         self._batcher = self._batches_of(max_batch_size, wait_s)
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
@@ -83,10 +81,16 @@ class Served:
         self.role: Role = role
         self.arm.loaded(self.version.digest, self.load_s)
 
+    def alone(self, is_alone: bool) -> None:
+        """Whether no other version is compared with it: it then answers in the way that takes least."""
+        self._batcher.in_loop = is_alone and self._may_run_in_loop
+
     def batch_by(self, max_batch_size: int, wait_s: float) -> None:
         """Gather images into other batches from now on; what waits is answered first."""
+        in_loop = self._batcher.in_loop
         self._batcher.close()
         self._batcher = self._batches_of(max_batch_size, wait_s)
+        self._batcher.in_loop = in_loop
 
     def _batches_of(self, max_batch_size: int, wait_s: float) -> Batcher:
         return Batcher(
@@ -125,7 +129,7 @@ class Served:
         """What the model says of uint8 [size, size, 3], and where asked for, what in it speaks for the best class."""
         answer = await self._batcher.ask(pixels)
         if heat_map:
-            best = top(answer.probabilities, 1)
+            best = answer.ranking[:1]
             # One waits for the model at a time, however many a request wants: batches of others come between.
             async with self._one_heat_map:
                 found = await self._batcher.alone(lambda: self._loaded.heat_map(pixels[np.newaxis], best))
@@ -138,7 +142,7 @@ class Served:
 
     def label(self, answer: Answer) -> str:
         """The most probable one."""
-        return str(self.classes[top(answer.probabilities, 1)[0]])
+        return str(self.classes[answer.ranking[0]])
 
     def describe(self, answer: Answer, options: Options) -> dict[str, Any]:
         """An answer as JSON."""
@@ -146,7 +150,7 @@ class Served:
         told: dict[str, Any] = {
             "predictions": [
                 {"label": self.classes[place], "probability": float(scores[place])}
-                for place in top(scores, options.top_k)
+                for place in answer.ranking[: options.top_k]
             ]
         }
         if options.probabilities:
@@ -173,6 +177,11 @@ class Served:
         return self._batcher.waiting
 
 
+def runs_in_loop(threads: int, gpus: float) -> bool:
+    """Whether a quick model may run in a replica's event loop: what has more than one processor works beside it."""
+    return threads == 1 and gpus == 0
+
+
 @contextmanager
 def politely() -> Iterator[None]:
     """Load a version while others answer."""
@@ -184,13 +193,3 @@ def politely() -> Iterator[None]:
             yield
         finally:
             sys.setswitchinterval(before)
-
-
-def top(scores: NDArray[np.float32], count: int) -> Sequence[int]:
-    """Places of the largest scores, the largest first, the first one first where they tie."""
-    if len(scores) <= FEW:
-        # NumPy lets go of the interpreter to sort: under load the way back is longer than the work.
-        values = scores.tolist()
-        return sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]
-    found: Sequence[int] = np.argsort(-scores, kind="stable")[:count].tolist()
-    return found

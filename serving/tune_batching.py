@@ -34,7 +34,7 @@ from jobs.training.device import set_up_tensorflow
 from serving.deploy import find_version
 from serving.metrics.replica import Metrics
 from serving.records.hours import record_directory
-from serving.served import Served
+from serving.served import Served, runs_in_loop
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -89,8 +89,10 @@ class Bench:
         set_up_tensorflow(resources.threads, resources.gpus)
         cv2.setNumThreads(1)
         decoders = ThreadPoolExecutor(resources.threads, thread_name_prefix="decode")
-        self._served = Served(version, 1, 0.0, decoders, threading.Lock())
+        in_loop = runs_in_loop(resources.threads, resources.gpus)
+        self._served = Served(version, 1, 0.0, decoders, threading.Lock(), in_loop)
         self._served.play("champion", Metrics("bench", version.model))
+        self._served.alone(True)
         self._batches = (1, 0.0)
         self._images = sample_images(self._served.size)
 

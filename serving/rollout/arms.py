@@ -46,6 +46,7 @@ class Arms:
         self._seen = _Seen()
         self._tasks: set[asyncio.Task[None]] = set()
         self._comparing = 0
+        self._champion.alone(view["candidate"] is None)
         if view["candidate"] is not None:
             self._hold(Version(**view["candidate"]))
 
@@ -91,6 +92,7 @@ class Arms:
             self._candidate = None
             self._retire(candidate)
         self._fault = None
+        self._champion.alone(view["candidate"] is None)
         if view["candidate"] is not None and self._candidate is None:
             await asyncio.to_thread(self._hold, Version(**view["candidate"]))
         self._view, self._seen = view, _Seen()

@@ -1,14 +1,16 @@
 """The endpoint against the model called directly, against LitServe and against plain FastAPI.
 
     make bench-serve
-    python -m tests.benchmarks.serve light | resnet | where
+    python -m tests.benchmarks.serve light | resnet
+    python -m tests.benchmarks.serve where
 
 Two models with random weights: a light one (some 0.5 ms an image of 32 px), where the framework is the cost, and a
 ResNet-18 at 160 px, where the model is. Whoever answers has two processes with one TensorFlow thread each, decodes the
-same JPEG with the same function and answers five labels in JSON. The load is wrk's (closed loop: 1, 8 and 32
-connections), and at a fixed rate below what the slowest can do (open loop) of a generator of our own. The limit is the
+same JPEG with the same function and answers five labels in JSON. In each round every one of them is started, in turn, so
+that what slows the machine for a minute slows all of them. The load is wrk's (closed loop: 1, 8 and 32 connections), and at a fixed rate below what the slowest can do (open loop) of a generator of our own. The limit is the
 bundle called in two processes with whole batches of decoded images: no HTTP, no decoding. The peers stand in
-`tests/serving_peers.py`; each is started with all its settings listed there, and its best counts.
+`tests/serving_peers.py`; each is started with all its settings listed there, and its best counts. `where` tells on what
+helio and FastAPI spend the processors' time of a request of the light model.
 """
 
 import asyncio
@@ -28,9 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.measure import run_benchmark
+from tests.measure import ratio, run_benchmark
 from tests.serving_peers import SETTINGS
 
+MODULE = "tests.benchmarks.serve"
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
     "light": (32, {"backbone": "convnet", "width": 16, "stages": 3}, 32),
@@ -38,12 +41,13 @@ MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 """Image size, recipe section, and the largest batch."""
 CONNECTIONS = (1, 8, 32)
-MEASURED_S, WARM_UP_S = 6, 3
+MEASURED_S, WARM_UP_S = 5, 2
 PROCESSES = 2
 TYPES = {"raw": "application/octet-stream", "json": "application/json"}
 """LitServe reads JSON alone: it gets the image as base64; the others get its bytes."""
 OPEN_LOOP_SHARE = 0.6
 """Of the slowest one's throughput."""
+LEAST_SHOWN_US = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,57 +68,107 @@ def main() -> None:
 
 
 def _measure(scratch: Path) -> dict[str, Any]:
-    wanted = sys.argv[1:] or ["light", "resnet"]
+    if sys.argv[1:] == ["where"]:
+        return _where(scratch)
     results: dict[str, Any] = {}
-    for name in wanted:
+    for name in sys.argv[1:] or MODELS:
         results |= _compare(name, scratch)
     return results
 
 
-def _compare(name: str, scratch: Path) -> dict[str, Any]:
-    size, _, _ = MODELS[name]
+def _prepare(name: str, scratch: Path) -> tuple[Path, dict[str, bytes], dict[str, Path]]:
+    """The bundle, and a request's body and wrk's script by kind."""
     bundle, image = scratch / name, scratch / f"{name}.jpg"
-    subprocess.run([sys.executable, "-m", __name__, "write", name, str(bundle), str(image)], check=True)
+    subprocess.run([sys.executable, "-m", MODULE, "write", name, str(bundle), str(image)], check=True)
     bodies = {"raw": image.read_bytes(), "json": json.dumps({"image": b64encode(image.read_bytes()).decode()}).encode()}
     scripts = {kind: scratch / f"{name}-{kind}.lua" for kind in bodies}
     for kind, body in bodies.items():
         (scratch / f"{name}-{kind}.body").write_bytes(body)
         scripts[kind].write_text(_LUA.format(body=scratch / f"{name}-{kind}.body", type=TYPES[kind]))
-    limit = _direct(bundle, MODELS[name][2])
-    print(f"{name}, {size} px: called directly in batches {limit:,.1f} images/s", flush=True)
-    found: dict[str, dict[int, list[Load]]] = {}
-    for who in ["helio", *SETTINGS]:
-        with _serving(who, bundle, name, scratch) as url:
-            found[who] = {n: [_wrk(url, scripts[_kind(who)], n) for _ in range(ROUNDS)] for n in CONNECTIONS}
-            _show(who, found[who], limit)
+    return bundle, bodies, scripts
+
+
+def _compare(name: str, scratch: Path) -> dict[str, Any]:
+    size = MODELS[name][0]
+    bundle, bodies, scripts = _prepare(name, scratch)
+    found: dict[str, dict[int, list[Load]]] = {who: {n: [] for n in CONNECTIONS} for who in ("helio", *SETTINGS)}
+    limits = []
+    for number in range(ROUNDS):
+        print(f"{name}, {size} px, round {number + 1} of {ROUNDS}", flush=True)
+        limits.append(_direct(bundle, MODELS[name][2]))
+        print(f"  the bundle called directly in batches: {limits[-1]:,.1f} images/s", flush=True)
+        for who, loads in found.items():
+            with _serving(who, bundle, name, scratch) as url:
+                for connections, each in loads.items():
+                    each.append(_wrk(url, scripts[_kind(who)], connections))
+            _show(who, {n: each[-1:] for n, each in loads.items()}, limits[-1])
+    limit = statistics.median(limits)
+    print(f"{name}, medians", flush=True)
+    for who, loads in found.items():
+        _show(who, loads, limit)
     slowest = min(_rate(loads[max(CONNECTIONS)]) for loads in found.values())
     rate = OPEN_LOOP_SHARE * slowest
     opened: dict[str, Load] = {}
-    for who in ["helio", *SETTINGS]:
+    for who in found:
         with _serving(who, bundle, name, scratch) as url:
             opened[who] = asyncio.run(_open_loop(url, bodies[_kind(who)], TYPES[_kind(who)], rate))
             load = opened[who]
             print(f"  open loop, {rate:,.0f}/s: {who:28} p50 {load.p50_ms:7.1f} ms, p99 {load.p99_ms:7.1f} ms")
-    return _ratios(name, found, opened, limit)
+    return _ratios(name, found, opened, limits)
 
 
 def _ratios(
-    name: str, found: dict[str, dict[int, list[Load]]], opened: dict[str, Load], limit: float
+    name: str, found: dict[str, dict[int, list[Load]]], opened: dict[str, Load], limits: list[float]
 ) -> dict[str, Any]:
     most = max(CONNECTIONS)
     ours = found["helio"][most]
     if name == "resnet":
-        return {"resnet_vs_direct": round(_rate(ours) / limit, 3)}
+        rates = [load.per_s for load in ours]
+        return {"resnet_vs_direct": ratio("resnet against the bundle called directly", rates, limits)}
     results: dict[str, Any] = {}
     for peer in ("fastapi", "litserve"):
         best = max((who for who in found if who.startswith(peer)), key=lambda who: _rate(found[who][most]))
         theirs = found[best][most]
-        each = sorted(a.per_s / b.per_s for a, b in zip(ours, theirs, strict=True))
-        print(f"{name} against {best}: {each[0]:.2f} to {each[-1]:.2f} in {ROUNDS} rounds")
-        results[f"light_vs_{peer}"] = round(_rate(ours) / _rate(theirs), 3)
-        results[f"p99_vs_{peer}"] = round(_p99(ours) / _p99(theirs), 3)
+        rates = [[load.per_s for load in loads] for loads in (ours, theirs)]
+        p99s = [[load.p99_ms for load in loads] for loads in (ours, theirs)]
+        results[f"light_vs_{peer}"] = ratio(f"{name} against {best}, answers/s", *rates)
+        results[f"p99_vs_{peer}"] = ratio(f"{name} against {best}, p99", *p99s)
         results[f"open_p99_vs_{peer}"] = round(opened["helio"].p99_ms / opened[best].p99_ms, 3)
     return results
+
+
+def _where(scratch: Path) -> dict[str, Any]:
+    """Processors' time of a request, by process and thread."""
+    bundle, _, scripts = _prepare("light", scratch)
+    totals: dict[str, Any] = {}
+    for who in ("helio", SETTINGS[0]):
+        with _serving(who, bundle, "light", scratch) as url:
+            _wrk(url, scripts["raw"], max(CONNECTIONS))
+            before = _thread_seconds()
+            load = _wrk(url, scripts["raw"], max(CONNECTIONS))
+            after = _thread_seconds()
+        # wrk's warm-up asks as fast as its measured part.
+        requests = load.per_s * (MEASURED_S + WARM_UP_S)
+        spent = {thread: 1e6 * (now - before.get(thread, 0.0)) / requests for thread, now in after.items()}
+        print(f"{who}: {load.per_s:,.0f}/s at {max(CONNECTIONS)} connections; microseconds of processors a request:")
+        for (process, pid, tid), each in sorted(spent.items(), key=lambda item: -item[1]):
+            if each >= LEAST_SHOWN_US:
+                print(f"  {each:6,.0f}  {process}, process {pid}, thread {tid}")
+        totals[f"{who.split()[0]}_us"] = round(sum(spent.values()))
+    return totals
+
+
+def _thread_seconds() -> dict[tuple[str, int, int], float]:
+    """Processor seconds of each thread of this user by (process, pid, tid), without the threads of this process."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        pid, tid = int(stat.parts[2]), int(stat.parts[4])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            fields = rest.split()
+            if pid != os.getpid():
+                found[name, pid, tid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def _kind(who: str) -> str:
@@ -148,11 +202,7 @@ def _direct(bundle: Path, batch: int) -> float:
     with ProcessPoolExecutor(PROCESSES) as pool:
         # The first call of each loads and warms.
         list(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [0.5] * PROCESSES))
-        rates = [
-            sum(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [MEASURED_S] * PROCESSES))
-            for _ in range(ROUNDS)
-        ]
-    return statistics.median(rates)
+        return sum(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [MEASURED_S] * PROCESSES))
 
 
 _LOADED: dict[str, Any] = {}
@@ -188,7 +238,7 @@ def _serving(who: str, bundle: Path, name: str, scratch: Path) -> Iterator[str]:
     port = free_ports(1)[0]
     command = [sys.executable, "-m"]
     if who == "helio":
-        command += [__name__, "serve", name, str(bundle), str(port), str(scratch / "storage")]
+        command += [MODULE, "serve", name, str(bundle), str(port), str(scratch / "storage")]
     else:
         command += ["tests.serving_peers", who, str(bundle), str(port), str(MODELS[name][2])]
     with (scratch / f"{who.split()[0]}.log").open("a") as log:

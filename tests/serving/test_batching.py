@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from jobs.data.decode import Pixels
-from serving.batching import Answer, Batcher, Outputs, batch_sizes
+from serving.batching import QUICK_S, Answer, Batcher, Outputs, batch_sizes
 
 
 class HeldModel:
@@ -115,6 +116,78 @@ def test_a_batch_that_may_wait_for_company_does(model: HeldModel) -> None:
 
     assert [answer.batch for answer in asyncio.run(ask())] == [2, 2]
     batcher.close()
+
+
+class NotedModel:
+    """Answers zeros, and notes in which thread."""
+
+    def __init__(self, takes_s: float = 0.0) -> None:
+        self.takes_s = takes_s
+        self.threads: list[int] = []
+        self.sizes: list[int] = []
+
+    def run(self, images: Pixels) -> Outputs:
+        time.sleep(self.takes_s)
+        self.threads.append(threading.get_ident())
+        self.sizes.append(len(images))
+        if (images == 255).any():
+            raise ValueError("white")
+        return np.zeros((len(images), 2), np.float32), np.zeros((len(images), 2), np.float32)
+
+
+def ask_at_once(batcher: Batcher, values: Sequence[int]) -> list[Answer | BaseException]:
+    async def ask() -> list[Answer | BaseException]:
+        return await asyncio.gather(*(batcher.ask(image(value)) for value in values), return_exceptions=True)
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("in_loop", "takes_s", "wait_s", "here"),
+    [(True, 0.0, 0.0, True), (False, 0.0, 0.0, False), (True, QUICK_S, 0.0, False), (True, 0.0, 0.001, False)],
+    ids=["quick", "not alone", "slow", "waits for company"],
+)
+def test_a_quick_model_that_is_alone_runs_where_its_images_arrive(
+    in_loop: bool, takes_s: float, wait_s: float, here: bool
+) -> None:
+    model = NotedModel(takes_s)
+    batcher = Batcher(model.run, (2, 2, 3), 4, wait_s)
+    batcher.in_loop = in_loop
+    model.threads.clear()
+    answers = ask_at_once(batcher, range(7))
+    batcher.close()
+    assert len(answers) == 7 and all(isinstance(answer, Answer) for answer in answers)
+    assert {thread == threading.get_ident() for thread in model.threads} == {here}
+
+
+def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_harms_no_other() -> None:
+    model = NotedModel()
+    batcher = Batcher(model.run, (2, 2, 3), 4)
+    batcher.in_loop = True
+    model.sizes.clear()
+    answers = ask_at_once(batcher, [1, 2, 3, 4, 255])
+    assert model.sizes == [4, 1]
+    assert [isinstance(answer, ValueError) for answer in answers] == [False] * 4 + [True]
+    batcher.close()
+
+
+def test_while_another_model_has_the_turn_the_event_loop_goes_on() -> None:
+    model, turn = NotedModel(), threading.Lock()
+    batcher = Batcher(model.run, (2, 2, 3), 4, turn=turn)
+    batcher.in_loop = True
+    model.threads.clear()
+
+    async def ask() -> None:
+        with turn:
+            asked = asyncio.ensure_future(batcher.ask(image(1)))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not asked.done() and model.threads == []
+        await asked
+
+    asyncio.run(ask())
+    batcher.close()
+    assert model.threads and threading.get_ident() not in model.threads
 
 
 def test_batches_are_padded_to_few_sizes() -> None:

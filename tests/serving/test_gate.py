@@ -4,6 +4,11 @@ import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.gate import RequestGate
 
@@ -104,6 +109,33 @@ def test_bodies_in_pieces_are_held_up_to_a_bound_and_those_in_one_get_in_all_the
         assert second.status == 200
 
     run(test)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_an_answer_is_sent_in_one_piece(method: str) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+        await send({"type": "http.response.body", "body": b"word"})
+
+    async def ask() -> list[bytes]:
+        gate = RequestGate(answer, max_bytes=100, timeout_s=30, most_held=150)
+        config = uvicorn.Config(gate, http="httptools", loop="none", lifespan="off", log_config=None)
+        written: list[bytes] = []
+        transport = MagicMock(spec=asyncio.Transport)
+        transport.is_closing.return_value = False
+        transport.write.side_effect = written.append
+        config.load()
+        protocol = HttpToolsProtocol(config, uvicorn.server.ServerState(), {})
+        protocol.connection_made(transport)
+        protocol.data_received(f"{method} / HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+        await asyncio.gather(*protocol.tasks)
+        protocol.connection_lost(None)
+        return written
+
+    written = asyncio.run(ask())
+    assert len(written) == 1 and written[0].startswith(b"HTTP/1.1 200 OK")
+    assert written[0].endswith(b"\r\n\r\nword" if method == "GET" else b"\r\n\r\n")
 
 
 def test_what_does_not_arrive_in_time_is_cut() -> None:
