@@ -303,7 +303,7 @@ class Api:
         ask = Ask(told.secret, scope or SCOPE_OF.get(told.route, "predict"), images, counts)
         found = await self._desk.link.admit(ask)
         if not found.granted:
-            raise Refusal(found.status, found.code, found.message, found.retry_after_s)
+            raise Refusal.of(found)
         if counts:
             told.admission, told.images = found, images
 

@@ -119,13 +119,13 @@ class Fallback:
             images = int(scope["path"] == "/v1/predict")
             found = await self._control.admit(Ask(secret, "predict", images, counts=False))
             if found.status in (401, 429):
-                raise Refusal(found.status, found.code, found.message, found.retry_after_s)
+                raise Refusal.of(found)
 
     async def _admit(self, request: Request) -> None:
         if self._config.wants_keys:
             found = await self._control.admit(Ask(secret_of(request.headers.get("authorization", "")), "status"))
             if not found.granted:
-                raise Refusal(found.status, found.code, found.message, found.retry_after_s)
+                raise Refusal.of(found)
 
     async def _healthz(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})

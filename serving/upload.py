@@ -10,11 +10,13 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
+
+from serving.admission import Admission
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -28,6 +30,11 @@ class Refusal(Exception):
         self.code = code
         self.message = message
         self.headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
+
+    @classmethod
+    def of(cls, admission: Admission) -> Self:
+        """The answer to who is not let in."""
+        return cls(admission.status, admission.code, admission.message, admission.retry_after_s)
 
 
 def error_document(code: str, message: str) -> dict[str, dict[str, str]]:
