@@ -46,7 +46,8 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # Ray has no name for HAProxy's `timeout http-request`, without which the head of a request may arrive for ever,
-        # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is.
+        # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is. HAProxy's log
+        # of each request goes to a port of syslog where nobody listens.
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s\n    no log",
         # Ray's hour is for WebSockets. It runs only while the client is to send or to read.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
@@ -120,6 +121,8 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
         return
     terminate = signal.getsignal(signal.SIGTERM)
     if profile.address is None:
+        # Without a dashboard nobody reads Ray's own metrics; to gather them makes a busy endpoint's p99 twice as long.
+        os.environ.setdefault("RAY_enable_metrics_collection", "0")
         os.environ.update(zip(SERVE_PORTS, map(str, free_ports(len(SERVE_PORTS))), strict=True))
         ray.init(
             address="local",

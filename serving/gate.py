@@ -5,6 +5,7 @@ others, so a request gets to Serve whole or not at all.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from serving.upload import Refusal, error_form
 
 SETTINGS_VARIABLE = "HELIO_REQUEST_GATE"
 
+BODY = "helio.body"
+"""Where a request's scope has its body, in one piece."""
 LINGER_S = 5.0
 """How long the rest of a refused body is read and thrown away: a client that is still sending then sees the answer."""
 
@@ -59,8 +62,13 @@ class RequestGate:
         _set_own_headers(scope)
         body: list[bytes] = []
         try:
-            await self._take_in(scope, receive, body)
-            _join_head_and_body(scope, send)
+            cycle = getattr(send, "__self__", None)
+            is_uvicorns = isinstance(cycle, RequestResponseCycle)
+            await self._take_in(scope, receive, body, has_arrived=is_uvicorns and not cycle.more_body)
+            # A HEAD has no second write.
+            if is_uvicorns and scope["method"] != "HEAD":
+                cycle.transport = _Joined(cycle.transport)
+            scope[BODY] = body[0]
             await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
         except Refusal as error:
             self._let_go(body)
@@ -70,31 +78,34 @@ class RequestGate:
         finally:
             self._let_go(body)
 
-    async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes]) -> None:
-        """Read the body, as one element. Raises Refusal, or ClientDisconnect."""
+    async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes], has_arrived: bool) -> None:
+        """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_bytes:
             raise self._too_large()
-        size, more = 0, True
         try:
-            async with asyncio.timeout(self._timeout_s):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnect
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    body.append(part)
-                    size += len(part)
-                    self._held += len(part)
-                    if size > self._max_bytes:
-                        raise self._too_large()
-                    # What comes in one piece gets in however much is held of others.
-                    if len(body) > 1 and self._held > self._most_held:
-                        raise _overloaded()
+            async with contextlib.nullcontext() if has_arrived else asyncio.timeout(self._timeout_s):
+                await self._read(receive, body)
         except TimeoutError:
             text = f"the request did not arrive within {self._timeout_s:g} s: send it faster, or send less"
             raise Refusal(408, "too_slow", text) from None
         body[:] = [b"".join(body)]
+
+    async def _read(self, receive: Receive, body: list[bytes]) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            part, more = message.get("body", b""), message.get("more_body", False)
+            body.append(part)
+            size += len(part)
+            self._held += len(part)
+            if size > self._max_bytes:
+                raise self._too_large()
+            # What comes in one piece gets in however much is held of others.
+            if len(body) > 1 and self._held > self._most_held:
+                raise _overloaded()
 
     def _let_go(self, body: list[bytes]) -> None:
         self._held -= sum(map(len, body))
@@ -122,7 +133,8 @@ def _set_own_headers(scope: Scope) -> None:
 
 
 class _Joined:
-    """A transport that sends the first two writes as one."""
+    """A transport that sends the first two writes as one. uvicorn writes the head of an answer, then its body: two
+    packets, each of which would wake the proxy."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -138,14 +150,6 @@ class _Joined:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
-
-
-def _join_head_and_body(scope: Scope, send: Send) -> None:
-    """uvicorn writes the head of an answer, then its body: two packets, each of which wakes the proxy."""
-    cycle = getattr(send, "__self__", None)
-    # A HEAD has no second write.
-    if isinstance(cycle, RequestResponseCycle) and scope["method"] != "HEAD":
-        cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -6,9 +6,10 @@
 
 Two models with random weights: a light one (some 0.5 ms an image of 32 px), where the framework is the cost, and a
 ResNet-18 at 160 px, where the model is. Whoever answers has two processes with one TensorFlow thread each, decodes the
-same JPEG with the same function and answers five labels in JSON. In each round every one of them is started, in turn, so
-that what slows the machine for a minute slows all of them. The load is wrk's (closed loop: 1, 8 and 32 connections), and at a fixed rate below what the slowest can do (open loop) of a generator of our own. The limit is the
-bundle called in two processes with whole batches of decoded images: no HTTP, no decoding. The peers stand in
+same JPEG with the same function and answers five labels in JSON. In each round all of them are started, one after the
+other, so that what slows the machine for a minute slows all. The load is wrk's (closed loop: 1, 8 and 32 connections),
+and at a fixed rate below what the slowest can do (open loop) of a generator of our own. The limit is the bundle called
+in two processes with whole batches of decoded images: no HTTP, no decoding. The peers stand in
 `tests/serving_peers.py`; each is started with all its settings listed there, and its best counts. `where` tells on what
 helio and FastAPI spend the processors' time of a request of the light model.
 """
@@ -354,12 +355,20 @@ async def _open_loop(url: str, body: bytes, content_type: str, rate: float) -> L
 
     async def ask(due: float) -> None:
         nonlocal errors
-        try:
-            reader, writer = idle.get_nowait()
-        except asyncio.QueueEmpty:
-            reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(request)
-        answer = await reader.readuntil(b"\r\n\r\n")
+        answer = b""
+        while not answer:
+            # A server may close a connection that rests, as every HTTP client knows.
+            if is_fresh := idle.empty():
+                reader, writer = await asyncio.open_connection(host, int(port))
+            else:
+                reader, writer = idle.get_nowait()
+            writer.write(request)
+            with (
+                contextlib.nullcontext()
+                if is_fresh
+                else contextlib.suppress(ConnectionError, asyncio.IncompleteReadError)
+            ):
+                answer = await reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", answer, re.IGNORECASE)
         assert length is not None
         await reader.readexactly(int(length[1]))
