@@ -62,12 +62,11 @@ class RequestGate:
         _set_own_headers(scope)
         body: list[bytes] = []
         try:
-            cycle = getattr(send, "__self__", None)
-            is_uvicorns = isinstance(cycle, RequestResponseCycle)
-            await self._take_in(scope, receive, body, has_arrived=is_uvicorns and not cycle.more_body)
+            cycle = _cycle_of(send)
+            await self._take_in(scope, receive, body, has_arrived=cycle is not None and not cycle.more_body)
             # A HEAD has no second write.
-            if is_uvicorns and scope["method"] != "HEAD":
-                cycle.transport = _Joined(cycle.transport)
+            if cycle is not None and scope["method"] != "HEAD":
+                cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
             scope[BODY] = body[0]
             await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
         except Refusal as error:
@@ -130,6 +129,12 @@ def _set_own_headers(scope: Scope) -> None:
         # Serve would watch each connection with a task of its own; who has gone is noticed when it is written to.
         (b"x-request-disconnect-disabled", b"?1"),
     ]
+
+
+def _cycle_of(send: Send) -> RequestResponseCycle | None:
+    """What uvicorn has of a request; None where another server asks."""
+    cycle = getattr(send, "__self__", None)
+    return cycle if isinstance(cycle, RequestResponseCycle) else None
 
 
 class _Joined:
