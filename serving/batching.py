@@ -1,7 +1,8 @@
 """Single images become batches: whatever waits when the model is free is its next batch.
 
 A lone request is answered at once, and under load batches grow by themselves while the model works on the one before.
-Batches are padded to a handful of sizes, each of which has run once before the first request.
+Most of those that were answered together ask again together: for a tenth of the time that their batch took, the next
+one waits to be as large. Batches are padded to a handful of sizes, each of which has run once before the first request.
 
 A model has a thread of its own. One that is quick may run in the event loop instead, where its images arrive: that two
 threads wake each other and share the interpreter cost a model of half a millisecond a third of its answers.
@@ -26,6 +27,8 @@ FEW = 128
 """Scores that are sorted without NumPy."""
 PADDED_FROM = 0.75
 """Of a batch's size; a model on CPUs takes as long for padding as for images."""
+PATIENCE = 0.1
+"""Of the time that a batch has taken: so long its company is awaited again."""
 QUICK_S = 0.02
 """A model is quick whose largest batch takes no longer. So long an event loop may be held up."""
 SLOW_S = 1.0
@@ -94,6 +97,7 @@ class Batcher:
         """Whether a quick model runs in the event loop. It must be alone then: one that hangs takes the loop with it.
         Whatever waits for company is left to the thread."""
         self._is_quick = self._coming = False
+        self._expected, self._patient_until = 0, 0.0
         self._waiting: deque[_Item] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -202,15 +206,20 @@ class Batcher:
                     self._changed.wait()
                 if not self._waiting:
                     return []
-                until = self._waiting[0].at + self._wait_s
-                while (
-                    not callable(self._waiting[0].work)
-                    and len(self._waiting) < self._largest
-                    and (left := until - time.perf_counter()) > 0
-                ):
+                while not callable(self._waiting[0].work) and (left := self._patience_s()) > 0:
                     self._changed.wait(left)
                 if items := self._first():
                     return items
+
+    def _patience_s(self) -> float:
+        """How much longer those that wait are to wait for company."""
+        waiting = len(self._waiting)
+        if waiting >= self._largest:
+            return 0.0
+        until = self._waiting[0].at + self._wait_s
+        if waiting < self._expected:
+            until = max(until, self._patient_until)
+        return until - time.perf_counter()
 
     def _first(self) -> list[_Item]:
         """What waits longest and goes together, without those whose askers have gone."""
@@ -233,7 +242,10 @@ class Batcher:
             buffer[row] = item.work
         began = time.perf_counter()
         probabilities, embeddings = self._run(buffer)
-        took = time.perf_counter() - began
+        ended = time.perf_counter()
+        took = ended - began
+        # Who was answered just now asks again in a moment: a batch of one that went ahead would cost them more.
+        self._expected, self._patient_until = count, ended + PATIENCE * took
         self._told(count)
         return [
             Answer(probabilities[row], embeddings[row], began - item.at, took, count, row == 0)

@@ -190,6 +190,29 @@ def test_while_another_model_has_the_turn_the_event_loop_goes_on() -> None:
     assert model.threads and threading.get_ident() not in model.threads
 
 
+def test_those_who_were_answered_together_are_awaited_together(
+    monkeypatch: pytest.MonkeyPatch, model: HeldModel, batcher: Batcher
+) -> None:
+    # Long enough that nobody comes too late.
+    monkeypatch.setattr("serving.batching.PATIENCE", 1e6)
+
+    async def ask() -> None:
+        first = asyncio.ensure_future(batcher.ask(image(1)))
+        await asyncio.to_thread(model.began.acquire)
+        others = [asyncio.ensure_future(batcher.ask(image(value))) for value in (2, 3)]
+        await asyncio.sleep(0)
+        model.go_on.release(100)
+        await asyncio.gather(first, *others)
+        # One comes back before the other.
+        again = asyncio.ensure_future(batcher.ask(image(2)))
+        done, _ = await asyncio.wait([again], timeout=0.05)
+        assert not done
+        await asyncio.gather(again, batcher.ask(image(3)))
+
+    asyncio.run(ask())
+    assert model.sizes == [1, 2, 2]
+
+
 def test_batches_are_padded_to_few_sizes() -> None:
     assert batch_sizes(1) == [1]
     assert batch_sizes(6) == [1, 2, 4, 6]
