@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.data.dataset import SPLITS, Dataset
-from tests.conftest import SHARED_DATA
 
 HELIO = str(Path(sys.executable).with_name("helio"))
 
@@ -33,17 +31,6 @@ def noise(tmp_path: Path) -> Path:
         if number % 100 == 3:
             path.with_name(f"{number:05}-again.png").write_bytes(encoded)
     return tmp_path / "noise"
-
-
-@pytest.fixture(scope="module")
-def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    archive = SHARED_DATA / "cifar10_train.tar.xz"
-    if not archive.exists():
-        pytest.skip("the CIFAR-10 archive is not here")
-    folder = tmp_path_factory.mktemp("cifar10")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    return folder / "cifar10_train"
 
 
 def _command(source: Path) -> list[str]:
@@ -106,10 +93,3 @@ SPOOLED, FILLED = ".ingest-*/spool/[!.]*.parquet", ".ingest-*/set-*/train/*.json
 
 def test_kill_9_in_either_pass_loses_and_doubles_nothing(environment: None, noise: Path, tmp_path: Path) -> None:
     _check(noise, tmp_path, [(SPOOLED, 1), (FILLED, 2)])
-
-
-def test_kill_9_at_three_random_moments_on_cifar10(environment: None, cifar10: Path, tmp_path: Path) -> None:
-    draw = np.random.default_rng()
-    # Of some thirty parts, then of eighty shards.
-    first, second = sorted(draw.integers(1, 25, 2).tolist())
-    _check(cifar10, tmp_path, [(SPOOLED, first), (SPOOLED, second), (FILLED, int(draw.integers(1, 80)))])
