@@ -1,5 +1,6 @@
 """The dashboard of a Ray cluster: where jobs are submitted and followed, also from another machine."""
 
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +78,8 @@ class Dashboard:
         """Ray's own client of it."""
         from ray.job_submission import JobSubmissionClient
 
+        # What is uploaded is told by helio, in its own words.
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
         return JobSubmissionClient(self.address, headers=dict(self._headers))
 
     def nodes(self) -> list[Node]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import submission
 from cluster.dashboard import Dashboard
+from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
+from cluster.run import PROGRESS_LOG
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -79,9 +81,20 @@ def status_command(profile: Profile, job: str, as_json: bool, output: "Output") 
 
 
 def logs_command(profile: Profile, job: str, follows: bool, output: "Output") -> int:
-    """What a job has printed; with `follows` until its end, whose exit code it returns."""
-    dashboard = Dashboard(profile)
-    submission.find(dashboard, job)
+    """What a job has printed; with `follows` until its end, whose exit code it returns.
+
+    Where the cluster is gone, or has forgotten the job, its run's directory tells.
+    """
+    try:
+        dashboard = Dashboard(profile)
+        submission.find(dashboard, job)
+    except HelioError as error:
+        kept = profile.storage_path / "runs" / job / PROGRESS_LOG
+        if follows or not kept.exists():
+            raise
+        print(f"helio: {error}; what follows is from {kept}", file=output.messages)
+        print(kept.read_text(), end="", file=output.results)
+        return 0
     if follows:
         return _follow(dashboard, job, output)
     print(submission.printed(dashboard, job), end="", file=output.results)

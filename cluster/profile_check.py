@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def check_command(profile: Profile, as_json: bool, output: "Output") -> int:
 
 def _local(profile: Profile) -> Iterable[Check]:
     for kind in dict.fromkeys(NEED_OF_STAGE.values()):
-        yield _tried(f"room for {kind}", lambda kind=kind: check_capacity_here(profile, [kind]))
+        yield _tried(f"room for {kind}", partial(check_capacity_here, profile, [kind]))
     yield Check(f"storage {profile.storage_path}", storage_fault(profile.storage_path))
 
 
@@ -67,7 +68,7 @@ def _cluster(profile: Profile) -> Iterable[Check]:
     nodes = dashboard.nodes()
     yield Check(f"the cluster at {dashboard.address} answers, with the same Ray: {len(nodes)} nodes", None)
     for kind in dict.fromkeys(NEED_OF_STAGE.values()):
-        yield _tried(f"room for {kind}", lambda kind=kind: check_room(profile, [kind], nodes))
+        yield _tried(f"room for {kind}", partial(check_room, profile, [kind], nodes))
     try:
         found = _ask_nodes(dashboard, profile)
     except HelioError as error:

@@ -3,6 +3,7 @@
 <storage>/runs/<run>/
     run.json            recipe, profile, versions
     run.log             everything that helio, Ray and TensorFlow said
+    progress.log        what the user was told
     stages/<stage>.json result and seconds of each finished stage
     results.json        the figures of the whole run
     evaluation.json     what `helio evaluate` found, from the files in evaluate/
@@ -30,6 +31,7 @@ from cluster.progress import RunProgress
 from cluster.recipe import Recipe, build_recipe
 from cluster.schema import Document, validate
 
+PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
 
 

@@ -107,10 +107,7 @@ def _send(
                 # Without exec the shell would be what is stopped.
                 entrypoint=f"exec python -m {module} {shlex.join(words)}",
                 submission_id=job,
-                runtime_env={
-                    "working_dir": str(package),
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), "RAY_AUTH_MODE": profile.auth_mode},
-                },
+                runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}},
                 metadata=metadata,
             ),
         )

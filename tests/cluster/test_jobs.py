@@ -106,7 +106,9 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
     sent = first.stderr.readline()
     first.kill()
     first.communicate()
-    size, run = re.findall(r"sent ([\d,]+) bytes.*; run (\S+);", sent)[0]
+    found = re.search(r"sent ([\d,]+) bytes.*; run (\S+);", sent)
+    assert found is not None, sent
+    size, run = found.groups()
     assert int(size.replace(",", "")) < 1_000_000
     followed = cluster.helio("logs", run, "-f", "--profile", profile)
     assert followed.returncode == 0, followed.stderr
@@ -116,6 +118,9 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
     assert [(job["job"], job["state"], job["exit_code"]) for job in jobs] == [(run, "succeeded", 0)]
     assert cluster.helio("wait", run, "--profile", profile).returncode == 0
     assert cluster.helio("logs", run, "--profile", profile).stdout == followed.stdout
+    # The run's directory still tells once the cluster is gone.
+    alone = cluster.helio("logs", run, "--profile", cluster.profile("gone", dashboard="http://127.0.0.1:9"))
+    assert alone.returncode == 0 and "Ingest" in alone.stdout and "connection refused" in alone.stderr
     shown = cluster.helio("status", run, "--profile", profile).stdout
     assert re.search(r"^state +succeeded$", shown, re.MULTILINE)
 
@@ -123,12 +128,19 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
 def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluster) -> None:
     profile = cluster.profile()
     began = time.monotonic()
-    submitted = cluster.helio("submit", "quickstart", "--until", "pretrain", "--profile", profile, "--json")
+    words = ("--until", "pretrain", "pretrain.epochs=3")
+    submitted = cluster.helio("submit", "quickstart", "--profile", profile, "--json", *words)
     print(f"helio submit: {time.monotonic() - began:.1f} s")
     job = json.loads(submitted.stdout)["job"]
     follower = cluster.start("logs", job, "-f", "--profile", profile)
     assert follower.stdout is not None
-    next(line for line in follower.stdout if line.startswith("Pre-train"))
+    seen = []
+    for line in follower.stdout:
+        seen.append(line)
+        if line.startswith("Pre-train"):
+            break
+    else:
+        raise AssertionError("".join(seen))
     assert cluster.helio("stop", job, "--profile", profile).returncode == 0
     rest = follower.communicate(timeout=60)[0]
     assert follower.returncode == 130 and "goes on from the last finished stage" in rest
@@ -140,6 +152,17 @@ def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluste
         one["job"]: one["state"] for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)
     }
     assert (states[job], states[f"{job}.2"]) == ("stopped", "succeeded")
+
+
+def test_a_profile_is_proven_on_every_node(cluster: Cluster) -> None:
+    good = cluster.helio("profile", "check", "--profile", cluster.profile())
+    assert good.returncode == 0, good.stdout + good.stderr
+    lines = good.stdout.splitlines()
+    assert all(line.startswith("ok ") for line in lines)
+    assert any("room for tune" in line for line in lines) and any("the same versions" in line for line in lines)
+    bad = cluster.helio("profile", "check", "--profile", cluster.profile("bad", storage="/proc/none"))
+    failed = [line for line in bad.stdout.splitlines() if line.startswith("FAILED")]
+    assert bad.returncode == 2 and len(failed) == 1 and "/proc/none" in failed[0]
 
 
 def test_a_job_ends_with_the_exit_code_of_home(cluster: Cluster) -> None:
@@ -158,7 +181,7 @@ REFUSED = {
     "wrong token": ({}, [], {"RAY_AUTH_TOKEN": "1b" * 32}, "refuses the token"),
     "no token": ({}, [], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "token cannot be read"),
     "no authentication": ({"auth_mode": "disabled"}, [], {}, "wants a token"),
-    "too many GPUs": ({"train": {"workers": 8, "gpus_per_worker": 1}}, [], {}, "asks for 8 GPUs in pretrain"),
+    "too many GPUs": ({"train": {"workers": 8, "cpus_per_worker": 0.01, "gpus_per_worker": 1}, "data": {"cpus_per_task": 0.01}}, [], {}, "asks for 8 GPUs in pretrain"),
     "too large a piece": ({"replicas": {"cpus": 3}}, [], {}, "3 CPUs"),
     "relative storage": ({"storage": "here"}, [], {}, "must be an absolute path"),
     "uneven batch": ({"train": {"workers": 3, "cpus_per_worker": 0.1}}, [], {}, "a multiple of the 3 workers"),
