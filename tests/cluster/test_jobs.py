@@ -174,6 +174,7 @@ def test_a_job_ends_with_the_exit_code_of_home(cluster: Cluster) -> None:
     assert "/nowhere" in done.stdout
 
 
+GPUS = {"train": {"workers": 8, "cpus_per_worker": 0.01, "gpus_per_worker": 1}, "data": {"cpus_per_task": 0.01}}
 REFUSED = {
     "no dashboard": ({"dashboard": None}, [], {}, "has no dashboard"),
     "nobody there": ({"dashboard": "http://127.0.0.1:9"}, [], {}, "connection refused"),
@@ -181,7 +182,7 @@ REFUSED = {
     "wrong token": ({}, [], {"RAY_AUTH_TOKEN": "1b" * 32}, "refuses the token"),
     "no token": ({}, [], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "token cannot be read"),
     "no authentication": ({"auth_mode": "disabled"}, [], {}, "wants a token"),
-    "too many GPUs": ({"train": {"workers": 8, "cpus_per_worker": 0.01, "gpus_per_worker": 1}, "data": {"cpus_per_task": 0.01}}, [], {}, "asks for 8 GPUs in pretrain"),
+    "too many GPUs": (GPUS, [], {}, "asks for 8 GPUs in pretrain"),
     "too large a piece": ({"replicas": {"cpus": 3}}, [], {}, "3 CPUs"),
     "relative storage": ({"storage": "here"}, [], {}, "must be an absolute path"),
     "uneven batch": ({"train": {"workers": 3, "cpus_per_worker": 0.1}}, [], {}, "a multiple of the 3 workers"),
