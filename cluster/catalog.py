@@ -21,13 +21,15 @@ SECTIONS = {
 class Stage:
     """One stage of a run: `target` is called with the run and returns its JSON-serialisable result.
 
-    `preflight`, called with recipe and profile before anything starts, raises HelioError for what can be known then.
+    `check`, called with recipe and profile, raises HelioError for what of them does not go together, wherever it runs;
+    `preflight`, called where it runs before anything starts, for what must be there and is not.
     `environment`, called with the recipe, returns variables that Ray needs before it starts.
     """
 
     name: str
     target: str
     title: str
+    check: str | None = None
     preflight: str | None = None
     environment: str | None = None
     repeats: bool = False
@@ -35,15 +37,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("ingest", "jobs.ingest:run_stage", "Ingest", "jobs.ingest:preflight"),
-    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:preflight"),
-    Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:preflight"),
+    Stage("ingest", "jobs.ingest:run_stage", "Ingest", None, "jobs.ingest:preflight"),
+    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:check", "jobs.pretrain:preflight"),
+    Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:check", "tuning.stage:preflight"),
     Stage("baseline", "tuning.stage:run_baseline_stage", "Search from scratch"),
     Stage("export", "jobs.export:run_stage", "Export and register"),
     Stage(
         "deploy",
         "serving.deploy:run_stage",
         "Deploy and check",
+        None,
         "serving.deploy:preflight",
         "serving.deploy:environment",
         repeats=True,

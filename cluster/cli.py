@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from cluster.profile import Profile
 
 
+JOBS = ("submit", "jobs", "status", "logs", "wait", "stop", "resubmit")
+"""Commands that speak with the cluster of a profile."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the value is the process's exit code (0 done, 2 the user can mend it, 130 interrupted)."""
     parser = build_parser()
@@ -58,6 +62,10 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _rollout(arguments, output)
     if arguments.command in ("keys", "trace"):
         return _look_at_endpoint(arguments, output)
+    if arguments.command == "profile":
+        return _check_profile(arguments, output)
+    if arguments.command in JOBS:
+        return _job(arguments, output)
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -224,6 +232,37 @@ def _look_at_endpoint(arguments: argparse.Namespace, output: "Output") -> int:
     return code
 
 
+def _check_profile(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+
+    profile, others = _profile(arguments)
+    if others:
+        raise HelioError(f"helio profile takes profile.key=value alone, got {others[0]}")
+    code: int = catalog.load("cluster.profile_check:check_command")(
+        profile or load_profile("local"), arguments.json, output
+    )
+    return code
+
+
+def _job(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+    from cluster.recipe import load_recipe
+
+    profile, overrides = _profile(arguments)
+    profile = profile or load_profile("local")
+    if overrides and arguments.command != "submit":
+        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {overrides[0]}")
+    words: dict[str, tuple[Any, ...]] = {"jobs": (), "submit": ()}
+    if arguments.command == "submit":
+        recipe = load_recipe(arguments.recipe, overrides)
+        words["submit"] = (recipe, arguments.until, UNTIL[arguments.until][0])
+    place = words.get(arguments.command, (getattr(arguments, "job", None),))
+    more = [getattr(arguments, name) for name in ("follow", "timeout", "json") if hasattr(arguments, name)]
+    name = "list" if arguments.command == "jobs" else arguments.command
+    code: int = catalog.load(f"cluster.jobs_command:{name}_command")(profile, *place, *more, output)
+    return code
+
+
 def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.progress import RunProgress
     from cluster.run import open_run
@@ -263,6 +302,8 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         if arguments.recipe or overrides:
             given = arguments.recipe or overrides[0]
             raise HelioError(f"a run keeps its recipe: --resume takes none and no overrides of it, got {given}")
+        if arguments.name:
+            raise HelioError(f"a run keeps its name: --resume takes no --name, got {arguments.name}")
         own = [o for o in arguments.overrides if o.startswith("profile.")]
         run = open_run(arguments.resume, profile if arguments.profile else None, own, progress)
         recipe, profile = run.recipe, run.profile
@@ -278,7 +319,7 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         stages = [stage for stage in stages if stage.repeats or run.result(stage.name) is None]
     preflight(recipe, profile, stages)
     if not arguments.resume:
-        run = create_run(recipe, profile, progress)
+        run = create_run(recipe, profile, progress, arguments.name)
     pipeline = catalog.load("jobs.pipeline:run_stages")
     pipeline(run, stages, output, arguments.json, getattr(arguments, "keep_serving", False))
     return 0

@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         _add_recipe(command, required=False)
         command.add_argument("--resume", metavar="RUN", help="go on with this run from its last finished stage")
+        command.add_argument("--name", metavar="RUN", help="of the new run (default: its recipe's and the time)")
         command.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
         if name == "tune":
             command.description = (
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--port", type=int, help="of the dashboard (default: 8080)")
         if name == "run":
             command.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until Ctrl-C")
+    _add_jobs(commands)
     deploy = commands.add_parser("deploy", help="serve the champion of a recipe's model until Ctrl-C")
     _add_recipe(deploy, required=True)
     deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")
@@ -74,6 +76,39 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
     recipes.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
+
+
+def _add_jobs(commands: Any) -> None:
+    profile = commands.add_parser("profile", help="prove a profile before a run depends on it")
+    checks = profile.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_place(checks.add_parser("check", help="reach the cluster, compare versions, write the storage, find room"))
+    submit = commands.add_parser("submit", help="let a cluster do a run; it goes on without this terminal")
+    submit.add_argument("recipe", metavar="RECIPE")
+    submit.add_argument(
+        "--until", choices=sorted(UNTIL), default="run", help="the command that is done there (default: run)"
+    )
+    texts = {
+        "jobs": "list the jobs of a cluster",
+        "status": "how a job is",
+        "logs": "what a job has printed",
+        "wait": "wait for a job's end, and end with its exit code",
+        "stop": "let a job end in order; its run can be gone on with",
+        "resubmit": "go on with the run of a job that has ended",
+    }
+    actions = {name: commands.add_parser(name, help=text) for name, text in texts.items()}
+    for name, action in {"submit": submit, **actions}.items():
+        if name not in ("submit", "jobs"):
+            action.add_argument("job", metavar="JOB", help="its name, as `helio submit` prints it")
+        action.add_argument("overrides", nargs="*", metavar="profile.key=value")
+        action.add_argument("--profile", required=True, help="whose cluster: a file, or the name of a shipped profile")
+        if name in ("submit", "resubmit"):
+            action.add_argument("--follow", action="store_true", help="print what it prints until its end")
+        if name == "logs":
+            action.add_argument("-f", "--follow", action="store_true", help="until its end, and end with its exit code")
+        elif name == "wait":
+            action.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer than that")
+        if name not in ("logs", "wait", "stop"):
+            action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_predict(command: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """What a run would do and what it would need, without doing any of it."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster import catalog
@@ -45,8 +45,16 @@ def environment(recipe: Recipe, stages: Iterable[catalog.Stage]) -> dict[str, st
     return found
 
 
-def preflight(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
+def check(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> None:
+    """What of recipe and profile does not go together, wherever they run. Raises HelioError."""
+    for stage in stages:
+        if stage.check is not None:
+            catalog.load(stage.check)(recipe, profile)
+
+
+def preflight(recipe: Recipe, profile: Profile, stages: Sequence[catalog.Stage]) -> None:
     """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
+    check(recipe, profile, stages)
     check_capacity_here(profile, kinds_of(stages))
     try:
         profile.storage_path.mkdir(parents=True, exist_ok=True)

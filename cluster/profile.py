@@ -134,6 +134,8 @@ class Profile(Section):
     name: str
     address: str | None = None
     """Address of a running Ray cluster; none starts Ray on this machine for the length of the command."""
+    dashboard: str | None = Field(default=None, pattern=r"^https?://[^/\s]+/?$")
+    """Address of the cluster's dashboard, where jobs are submitted: https://HOST:8265."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a Ray started here; none takes all."""
     num_gpus: int | None = Field(default=None, ge=0)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from rich.console import Console, RenderableType
@@ -64,14 +65,22 @@ class RunProgress:
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
         self.interval_s = interval_s
         self.bars: Progress | None = None
+        self._file: Path | None = None
 
     def redirect(self, stream: IO[str]) -> None:
         """Write to another stream from now on."""
         self.console.file = stream
 
+    def keep(self, file: Path) -> None:
+        """Add what is said from now on to `file`, too: a terminal, or a cluster, forgets."""
+        self._file = file
+
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, markup=False)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(f"{text}\n")
 
     @contextmanager
     def task(

@@ -3,6 +3,7 @@
 <storage>/runs/<run>/
     run.json            recipe, profile, versions
     run.log             everything that helio, Ray and TensorFlow said
+    progress.log        what the user was told
     stages/<stage>.json result and seconds of each finished stage
     results.json        the figures of the whole run
     evaluation.json     what `helio evaluate` found, from the files in evaluate/
@@ -14,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +31,7 @@ from cluster.progress import RunProgress
 from cluster.recipe import Recipe, build_recipe
 from cluster.schema import Document, validate
 
+PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
 
 
@@ -92,10 +95,23 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
 
-def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
-    """Make the directory of a new run and record what it was asked to do."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    directory = new_directory(profile.storage_path / "runs", f"{recipe.name}-{stamp}")
+def create_run(recipe: Recipe, profile: Profile, progress: RunProgress, name: str | None = None) -> Run:
+    """Make the directory of a new run, called `name`, and record what it was asked to do.
+
+    Raises HelioError where a run of that name is there already.
+    """
+    runs = profile.storage_path / "runs"
+    if name is None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        directory = new_directory(runs, f"{recipe.name}-{stamp}")
+    else:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,119}", name):
+            raise HelioError(f"a run's name has letters, digits, -, _ and ., the first a letter or digit, got {name!r}")
+        directory = runs / name
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            raise HelioError(f"there is a run {name} already: give another --name, or --resume {name}") from None
     (directory / "stages").mkdir()
     write_json(
         directory / "run.json",
@@ -103,7 +119,7 @@ def create_run(recipe: Recipe, profile: Profile, progress: RunProgress) -> Run:
             "recipe": recipe.to_dict(),
             "recipe_digest": recipe.digest,
             "profile": profile.model_dump(exclude_unset=True),
-            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+            "versions": code_versions(),
         },
     )
     return Run(recipe, profile, directory, progress)
@@ -165,6 +181,11 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write(temporary)
     temporary.replace(path)
+
+
+def code_versions() -> dict[str, str]:
+    """Of Python and of what results depend on."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
 def _version(package: str) -> str:

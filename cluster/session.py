@@ -144,7 +144,7 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
     try:
         there = ray.cluster_resources()
         check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
-        _check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
         ray.shutdown()
@@ -175,7 +175,7 @@ def free_ports(count: int) -> list[int]:
         return [int(listener.getsockname()[1]) for listener in listeners]
 
 
-def _check_nodes(profile: Profile, kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> None:
+def check_nodes(profile: Profile, kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise CapacityError when one worker, trial, replica or task fits on no node."""
     for kind in kinds:
         cpus, gpus = profile.units()[kind]

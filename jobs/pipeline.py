@@ -8,7 +8,7 @@ from cluster import catalog
 from cluster.errors import HelioError
 from cluster.output import Output
 from cluster.plan import environment, kinds_of
-from cluster.run import Run, write_json
+from cluster.run import PROGRESS_LOG, Run, write_json
 from cluster.session import ray_session
 from jobs.report import write_report
 from jobs.results import collect_results, results_page
@@ -23,6 +23,7 @@ def run_stages(
     """
     with run.alone(), output.noise_to(run.directory / "run.log"):
         run.progress.redirect(output.messages)
+        run.progress.keep(run.directory / PROGRESS_LOG)
         run.progress.say(f"run {run.name} in {run.directory}")
         try:
             more = environment(run.recipe, stages)

@@ -37,7 +37,7 @@ LEAST_WATCHED = 10
 """Validation images below which spread and rank of their features mean nothing."""
 
 
-def preflight(recipe: Recipe, profile: Profile) -> None:
+def check(recipe: Recipe, profile: Profile) -> None:
     """The workers must share the global batch evenly, and method, model and images fit. Raises HelioError."""
     config, model, size = (
         recipe.section(PretrainConfig),
@@ -52,8 +52,6 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
         )
     if config.method == "dino" and config.local_views:
         model.check_size(config.local_size_for(size), size, "pretrain.local_size")
-    if config.initial is not None:
-        check_initial(config.initial, model, size)
     batch, workers, pieces = config.global_batch_size, profile.train.workers, config.micro_batches
     parts = workers * pieces
     if batch % parts:
@@ -62,6 +60,13 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
             f"pretrain.global_batch_size must be a multiple of the {workers} workers of profile {profile.name}{each}, "
             f"got {batch}: use {batch - batch % parts or parts}"
         )
+
+
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """Weights to begin from must be there, and fit. Raises CheckpointError."""
+    initial = recipe.section(PretrainConfig).initial
+    if initial is not None:
+        check_initial(initial, recipe.section(ModelConfig), recipe.section(DataConfig).image_size)
 
 
 def run_stage(run: Run) -> dict[str, Any]:

@@ -18,11 +18,8 @@ from jobs.training.config import ExportConfig, FinetuneConfig
 from tuning.config import SCRATCH, TuneConfig
 
 
-def preflight(recipe: Recipe, profile: Profile) -> None:
-    """What a search needs must be there: a checkpoint that fits the recipe's model, or models that can be built.
-
-    Raises HelioError.
-    """
+def check(recipe: Recipe, profile: Profile) -> None:
+    """The settings of a search must go together, and its models be ones that can be built. Raises HelioError."""
     config = recipe.section(TuneConfig)
     if config.pruner == "pbt" and recipe.section(ExportConfig).retrain_on != "train":
         raise RecipeError(
@@ -41,14 +38,23 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
         raise RecipeError(
             f"finetune.global_batch_size must be at least profile.trials.workers_per_trial ({workers}), got {smallest}"
         )
-    if config.sampler == "gp" and importlib.util.find_spec("torch") is None:
-        raise HelioError("tune.sampler=gp needs PyTorch, which is not installed: pip install torch")
-    model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
     if config.checkpoint == SCRATCH:
         from tuning.space import Space
 
-        Space(config.space, finetune, model).check_models(image_size)
-    elif config.checkpoint is not None:
+        space = Space(config.space, finetune, recipe.section(ModelConfig))
+        space.check_models(recipe.section(DataConfig).image_size)
+
+
+def preflight(recipe: Recipe, profile: Profile) -> None:
+    """What a search needs must be there: its sampler's library, and a checkpoint that fits the recipe's model.
+
+    Raises HelioError.
+    """
+    config = recipe.section(TuneConfig)
+    if config.sampler == "gp" and importlib.util.find_spec("torch") is None:
+        raise HelioError("tune.sampler=gp needs PyTorch, which is not installed: pip install torch")
+    if config.checkpoint is not None and config.checkpoint != SCRATCH:
+        model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
         Checkpoint.open(config.checkpoint).check_model(model, image_size)
 
 

@@ -47,7 +47,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy(environment: None, tmp_pat
 def test_the_driver_never_loads_tensorflow(environment: None, tmp_path: Path) -> None:
     code = (
         "import sys\nfrom cluster import catalog\n"
-        "[catalog.load(target) for s in catalog.STAGES for target in (s.target, s.preflight) if target]\n"
+        "[catalog.load(target) for s in catalog.STAGES for target in (s.target, s.check, s.preflight) if target]\n"
         "print(sorted({'tensorflow', 'keras', 'mlflow', 'optuna'} & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -1,0 +1,166 @@
+"""The dashboard of a Ray cluster: where jobs are submitted and followed, also from another machine."""
+
+import logging
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from ipaddress import ip_address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from cluster.errors import CapacityError, HelioError
+from cluster.profile import Profile
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+WITHIN_S = 10.0
+"""How long a dashboard may take to answer a question."""
+TOKEN_FILE = "~/.ray/auth_token"
+REASONS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted: name its CA's file in REQUESTS_CA_BUNDLE",
+    "timed out": f"no answer within {WITHIN_S:g} s",
+    "refused": "connection refused",
+    "resolve": "no such host",
+    "unreachable": "no way there",
+}
+"""What an exception's text says, in fewer words."""
+NODES = "/api/v0/nodes?detail=true&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster that is up."""
+
+    name: str
+    is_head: bool
+    cpus: float
+    gpus: float
+
+
+class Dashboard:
+    """Reaches the cluster of a profile. What it raises is HelioError, one line with the mend."""
+
+    def __init__(self, profile: Profile) -> None:
+        """Ask the cluster for its version, which must be this helio's."""
+        self._name = profile.name
+        if profile.dashboard is None:
+            raise HelioError(
+                f"profile {profile.name} has no dashboard, where jobs are submitted: set dashboard: https://HOST:8265, "
+                "or use `helio run` on this machine"
+            )
+        self.address = profile.dashboard.rstrip("/")
+        self._headers = {} if profile.auth_mode == "disabled" else {"Authorization": f"Bearer {self._token()}"}
+        self._check_version(self.get("/api/version")["ray_version"])
+
+    def get(self, path: str) -> Any:
+        """What the dashboard answers, from JSON."""
+        import requests
+
+        try:
+            answer = requests.get(f"{self.address}{path}", headers=self._headers, timeout=WITHIN_S)
+        except requests.RequestException as error:
+            raise self._unreachable(error) from None
+        if answer.status_code in (401, 403):
+            raise self._refused(answer.status_code)
+        try:
+            answer.raise_for_status()
+            return answer.json()
+        except requests.RequestException:
+            raise HelioError(
+                f"profile {self._name}: {self.address} is no Ray dashboard (it answers {path} with "
+                f"{answer.status_code}): see where `ray start` says that it is"
+            ) from None
+
+    @cached_property
+    def jobs(self) -> "JobSubmissionClient":
+        """Ray's own client of it."""
+        from ray.job_submission import JobSubmissionClient
+
+        # What is uploaded is told by helio, in its own words.
+        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+        return JobSubmissionClient(self.address, headers=dict(self._headers))
+
+    def nodes(self) -> list[Node]:
+        """Those that are up."""
+        return [
+            Node(
+                node["node_name"],
+                node["is_head_node"],
+                node["resources_total"].get("CPU", 0.0),
+                node["resources_total"].get("GPU", 0.0),
+            )
+            for node in self.get(NODES)["data"]["result"]["result"]
+        ]
+
+    def _token(self) -> str:
+        """As Ray finds it: in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, in TOKEN_FILE."""
+        place = urlsplit(self.address)
+        if place.scheme == "http" and not is_loopback(place.hostname or ""):
+            raise HelioError(
+                f"profile {self._name}: the token would go to {self.address} for everybody on the way to read: use "
+                f"https://, or a tunnel (`ssh -L 8265:localhost:{place.port or 80} {place.hostname}`) and dashboard: "
+                "http://127.0.0.1:8265"
+            )
+        if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+            return token
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+        try:
+            token = path.read_text().strip()
+        except OSError as error:
+            raise HelioError(
+                f"profile {self._name} wants a token (auth_mode: token) and {path} cannot be read ({error.strerror}): "
+                "put the cluster's token there, or name its file in RAY_AUTH_TOKEN_PATH"
+            ) from None
+        if not token:
+            raise HelioError(f"profile {self._name} wants a token (auth_mode: token) and {path} is empty: put it there")
+        return token
+
+    def _refused(self, status: int) -> HelioError:
+        if not self._headers:
+            return HelioError(
+                f"profile {self._name}: the cluster at {self.address} wants a token: set auth_mode: token and put the "
+                f"cluster's token into {TOKEN_FILE}"
+            )
+        return HelioError(
+            f"profile {self._name}: the cluster at {self.address} refuses the token ({status}): get the one that it "
+            "was started with (`ray get-auth-token` on its head node)"
+        )
+
+    def _unreachable(self, error: Exception) -> HelioError:
+        reason = next((short for words, short in REASONS.items() if words in str(error)), str(error))
+        return HelioError(
+            f"profile {self._name}: no cluster can be reached at {self.address} ({reason}): start it, or mend dashboard"
+        )
+
+    def _check_version(self, theirs: str) -> None:
+        from importlib.metadata import version
+
+        ours = version("ray")
+        if theirs != ours:
+            raise HelioError(
+                f"profile {self._name}: the cluster runs Ray {theirs}, this helio Ray {ours}: install the same on both "
+                "(constraints.txt has the version)"
+            )
+
+
+def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:
+    """Raise CapacityError when a stage of `kinds` could never be placed on these nodes."""
+    from cluster.session import check_capacity, check_nodes
+
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    check_capacity(profile, kinds, cpus, gpus, f"the cluster of {len(nodes)} nodes")
+    check_nodes(profile, kinds, [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes])
+    if not any(node.is_head for node in nodes):
+        raise CapacityError(f"profile {profile.name}: the cluster has no head node that is up: start it anew")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is one that only this machine reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,144 @@
+"""Jobs on the command line: `helio submit`, `jobs`, `status`, `logs`, `wait`, `stop` and `resubmit`."""
+
+import datetime
+import json
+from typing import TYPE_CHECKING, Any
+
+from cluster import submission
+from cluster.dashboard import Dashboard
+from cluster.errors import HelioError
+from cluster.profile import Profile
+from cluster.recipe import Recipe
+from cluster.run import PROGRESS_LOG
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+    from cluster.output import Output
+
+
+def submit_command(
+    profile: Profile, recipe: Recipe, command: str, until: str, follows: bool, as_json: bool, output: "Output"
+) -> int:
+    """Submit a run; print the job's name, or with `follows` what it prints until its end."""
+    dashboard = Dashboard(profile)
+    return _sent(dashboard, submission.submit(dashboard, profile, recipe, command, until), follows, as_json, output)
+
+
+def resubmit_command(profile: Profile, job: str, follows: bool, as_json: bool, output: "Output") -> int:
+    """The same for the run of a job that has ended."""
+    dashboard = Dashboard(profile)
+    return _sent(dashboard, submission.resubmit(dashboard, profile, job), follows, as_json, output)
+
+
+def _sent(dashboard: Dashboard, submitted: submission.Submitted, follows: bool, as_json: bool, output: "Output") -> int:
+    size = f"{submitted.package_bytes:,} bytes of code and recipe"
+    print(f"helio: sent {size}; run {submitted.run}; it goes on without this terminal", file=output.messages)
+    if as_json:
+        print(json.dumps(submitted.__dict__), file=output.results, flush=True)
+    elif not follows:
+        print(submitted.job, file=output.results, flush=True)
+    return _follow(dashboard, submitted.job, output) if follows else 0
+
+
+def _follow(dashboard: Dashboard, job: str, output: "Output") -> int:
+    try:
+        submission.follow(dashboard, job, lambda text: print(text, end="", file=output.results, flush=True))
+    except KeyboardInterrupt:
+        print(
+            f"helio: job {job} goes on: `helio logs {job} -f` follows it, `helio stop {job}` ends it",
+            file=output.messages,
+        )
+        raise
+    return submission.wait(dashboard, job)
+
+
+def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
+    """One line for each job."""
+    jobs = [_document(job) for job in submission.every(Dashboard(profile))]
+    if as_json:
+        print(json.dumps(jobs, indent=2), file=output.results)
+        return 0
+    if not jobs:
+        print("helio: the cluster has no job of helio yet", file=output.messages)
+        return 0
+    width = max(len(job["job"]) for job in jobs)
+    for job in jobs:
+        print(f"{job['job']:{width}}  {job['state']:9}  {job['started'] or '':20}  {_took(job)}", file=output.results)
+    return 0
+
+
+def status_command(profile: Profile, job: str, as_json: bool, output: "Output") -> int:
+    """One job."""
+    found = _document(submission.find(Dashboard(profile), job))
+    if as_json:
+        print(json.dumps(found, indent=2), file=output.results)
+    else:
+        for key, value in found.items():
+            if value is not None:
+                print(f"{key:10} {value}", file=output.results)
+    return 0
+
+
+def logs_command(profile: Profile, job: str, follows: bool, output: "Output") -> int:
+    """What a job has printed; with `follows` until its end, whose exit code it returns.
+
+    Where the cluster is gone, or has forgotten the job, its run's directory tells.
+    """
+    try:
+        dashboard = Dashboard(profile)
+        submission.find(dashboard, job)
+    except HelioError as error:
+        kept = profile.storage_path / "runs" / job / PROGRESS_LOG
+        if follows or not kept.exists():
+            raise
+        print(f"helio: {error}; what follows is from {kept}", file=output.messages)
+        print(kept.read_text(), end="", file=output.results)
+        return 0
+    if follows:
+        return _follow(dashboard, job, output)
+    print(submission.printed(dashboard, job), end="", file=output.results)
+    return 0
+
+
+def wait_command(profile: Profile, job: str, within_s: float | None, output: "Output") -> int:
+    """Return the exit code of a job once it has ended."""
+    return submission.wait(Dashboard(profile), job, float("inf") if within_s is None else within_s)
+
+
+def stop_command(profile: Profile, job: str, output: "Output") -> int:
+    """Let a job end in order."""
+    dashboard = Dashboard(profile)
+    submission.stop(dashboard, job)
+    state = submission.find(dashboard, job).status.value.lower()
+    print(f"helio: job {job} {state}: `helio resubmit {job}` goes on with its run", file=output.messages)
+    return 0
+
+
+def _document(job: "JobDetails") -> dict[str, Any]:
+    ended = job.status.value in submission.ENDED
+    return {
+        "job": job.submission_id,
+        "run": submission.run_of(job),
+        "state": job.status.value.lower(),
+        "started": _time(job.start_time),
+        "ended": _time(job.end_time) if ended else None,
+        "exit_code": submission.exit_code(job) if ended else None,
+        "message": job.message,
+        "command": job.entrypoint.removeprefix("exec "),
+        "storage": (job.metadata or {})["helio_storage"],
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _took(job: dict[str, Any]) -> str:
+    if job["started"] is None:
+        return ""
+    begin = datetime.datetime.fromisoformat(job["started"])
+    end = datetime.datetime.fromisoformat(job["ended"]) if job["ended"] else datetime.datetime.now(datetime.UTC)
+    return str(datetime.timedelta(seconds=round((end - begin).total_seconds())))

@@ -1,0 +1,206 @@
+"""Jobs at a real Ray cluster with token authentication, submitted and followed by the command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+import yaml
+
+from cluster.session import free_ports
+
+BIN = Path(sys.executable).parent
+TOKEN = "5a" * 32
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A head node of two CPUs that wants a token, and a directory of the user who has it."""
+
+    dashboard: str
+    directory: Path
+    environment: dict[str, str]
+
+    def profile(self, name: str = "mine", **fields: object) -> str:
+        """A profile file of this cluster, changed by `fields`."""
+        document = {
+            "name": name,
+            "address": "auto",
+            "dashboard": self.dashboard,
+            "auth_mode": "token",
+            "storage": str(self.directory / "storage"),
+            **fields,
+        }
+        (self.directory / f"{name}.yaml").write_text(yaml.safe_dump(document))
+        return f"{name}.yaml"
+
+    def start(self, *words: str, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [str(BIN / "helio"), *words],
+            cwd=self.directory,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def helio(self, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*words, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp("cluster")
+    port, dashboard, agent, metrics, client = free_ports(5)
+    variables = {
+        **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }
+    # A path below pytest's would be too long for the name of a socket.
+    command = [
+        str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--num-cpus=2", "--num-gpus=0",
+        "--object-store-memory=200000000", "--include-dashboard=true", f"--temp-dir=/tmp/helio-test-{port}",
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    with (directory / "ray.log").open("w") as log:
+        ray = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
+    try:
+        wait_until_up(url, ray)
+        yield Cluster(url, directory, variables)
+    finally:
+        ray.send_signal(signal.SIGTERM)
+        ray.wait(60)
+
+
+def wait_until_up(url: str, ray: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and ray.poll() is None:
+        try:
+            answer = requests.get(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=5)
+            if answer.ok and answer.json()["data"]["result"]["result"]:
+                return
+        except requests.RequestException:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError("the cluster does not come up")
+
+
+def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster: Cluster) -> None:
+    profile = cluster.profile()
+    first = cluster.start("submit", "quickstart", "--until", "ingest", "--profile", profile, "--follow")
+    assert first.stderr is not None
+    sent = first.stderr.readline()
+    first.kill()
+    first.communicate()
+    found = re.search(r"sent ([\d,]+) bytes.*; run (\S+);", sent)
+    assert found is not None, sent
+    size, run = found.groups()
+    assert int(size.replace(",", "")) < 1_000_000
+    followed = cluster.helio("logs", run, "-f", "--profile", profile)
+    assert followed.returncode == 0, followed.stderr
+    assert "Ingest" in followed.stdout and f"run {run} in " in followed.stdout
+    assert (cluster.directory / "storage" / "runs" / run / "stages" / "ingest.json").exists()
+    jobs = json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)
+    assert [(job["job"], job["state"], job["exit_code"]) for job in jobs] == [(run, "succeeded", 0)]
+    assert cluster.helio("wait", run, "--profile", profile).returncode == 0
+    assert cluster.helio("logs", run, "--profile", profile).stdout == followed.stdout
+    # The run's directory still tells once the cluster is gone.
+    alone = cluster.helio("logs", run, "--profile", cluster.profile("gone", dashboard="http://127.0.0.1:9"))
+    assert alone.returncode == 0 and "Ingest" in alone.stdout and "connection refused" in alone.stderr
+    shown = cluster.helio("status", run, "--profile", profile).stdout
+    assert re.search(r"^state +succeeded$", shown, re.MULTILINE)
+
+
+def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluster) -> None:
+    profile = cluster.profile()
+    began = time.monotonic()
+    words = ("--until", "pretrain", "pretrain.epochs=3")
+    submitted = cluster.helio("submit", "quickstart", "--profile", profile, "--json", *words)
+    print(f"helio submit: {time.monotonic() - began:.1f} s")
+    job = json.loads(submitted.stdout)["job"]
+    follower = cluster.start("logs", job, "-f", "--profile", profile)
+    assert follower.stdout is not None
+    seen = []
+    for line in follower.stdout:
+        seen.append(line)
+        if line.startswith("Pre-train"):
+            break
+    else:
+        raise AssertionError("".join(seen))
+    assert cluster.helio("stop", job, "--profile", profile).returncode == 0
+    rest = follower.communicate(timeout=60)[0]
+    assert follower.returncode == 130 and "goes on from the last finished stage" in rest
+    assert cluster.helio("wait", job, "--profile", profile).returncode == 130
+    again = cluster.helio("resubmit", job, "--profile", profile, "--follow")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Ingest: finished before" in again.stdout
+    states = {
+        one["job"]: one["state"] for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)
+    }
+    assert (states[job], states[f"{job}.2"]) == ("stopped", "succeeded")
+
+
+def test_a_profile_is_proven_on_every_node(cluster: Cluster) -> None:
+    good = cluster.helio("profile", "check", "--profile", cluster.profile())
+    assert good.returncode == 0, good.stdout + good.stderr
+    lines = good.stdout.splitlines()
+    assert all(line.startswith("ok ") for line in lines)
+    assert any("room for tune" in line for line in lines) and any("the same versions" in line for line in lines)
+    bad = cluster.helio("profile", "check", "--profile", cluster.profile("bad", storage="/proc/none"))
+    failed = [line for line in bad.stdout.splitlines() if line.startswith("FAILED")]
+    assert bad.returncode == 2 and len(failed) == 1 and "/proc/none" in failed[0]
+
+
+def test_a_job_ends_with_the_exit_code_of_home(cluster: Cluster) -> None:
+    profile = cluster.profile()
+    done = cluster.helio(
+        "submit", "quickstart", "--until", "ingest", "--profile", profile, "data.source=/nowhere", "--follow"
+    )
+    assert done.returncode == 2
+    assert "/nowhere" in done.stdout
+
+
+GPUS = {"train": {"workers": 8, "cpus_per_worker": 0.01, "gpus_per_worker": 1}, "data": {"cpus_per_task": 0.01}}
+REFUSED = {
+    "no dashboard": ({"dashboard": None}, [], {}, "has no dashboard"),
+    "nobody there": ({"dashboard": "http://127.0.0.1:9"}, [], {}, "connection refused"),
+    "plain HTTP": ({"dashboard": "http://192.0.2.1:8265"}, [], {}, "ssh -L"),
+    "wrong token": ({}, [], {"RAY_AUTH_TOKEN": "1b" * 32}, "refuses the token"),
+    "no token": ({}, [], {"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, "token cannot be read"),
+    "no authentication": ({"auth_mode": "disabled"}, [], {}, "wants a token"),
+    "too many GPUs": (GPUS, [], {}, "asks for 8 GPUs in pretrain"),
+    "too large a piece": ({"replicas": {"cpus": 3}}, [], {}, "3 CPUs"),
+    "relative storage": ({"storage": "here"}, [], {}, "must be an absolute path"),
+    "uneven batch": ({"train": {"workers": 3, "cpus_per_worker": 0.1}}, [], {}, "a multiple of the 3 workers"),
+    "wrong setting": ({}, ["pretrain.epochs=0"], {}, "pretrain.epochs"),
+    "unknown key": ({}, ["pretrain.epoch=1"], {}, "epochs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_submission_that_cannot_work_is_refused_in_one_line(cluster: Cluster, case: str) -> None:
+    fields, overrides, environment, words = REFUSED[case]
+    profile = cluster.profile("bad", **fields)
+    done = cluster.helio("submit", "quickstart", "--profile", profile, *overrides, **environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("helio: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr and TOKEN not in done.stderr
+
+
+def test_an_unknown_job_is_told_in_one_line(cluster: Cluster) -> None:
+    done = cluster.helio("logs", "nobody", "--profile", cluster.profile())
+    assert done.returncode == 2 and "no job 'nobody'" in done.stderr and done.stderr.count("\n") == 1
