@@ -80,13 +80,14 @@ def _objects(profile: Profile, nodes: Nodes, place: Kubernetes, kind: str, recip
         return [*cluster.beside(), cluster.ray_cluster()]
     if recipe is None:
         raise HelioError(f"helio cluster manifest --kind {kind} needs a recipe (`helio recipes` lists some)")
-    name, within = _name(profile, recipe), _from_within(profile)
+    name = _name(profile, recipe)
     if kind == "rayjob":
-        catalog.load("serving.service:check_reachable")(section)
+        catalog.load("serving.service:check_run")(section, profile.secrets)
+        within = profile.model_copy(update={"address": "auto"})
         cluster = KubernetesCluster(name, profile, nodes, place, on_every_node, ports)
         files = (_dump(recipe.to_dict()), _dump(within.model_dump(exclude_unset=True)))
         return [*cluster.beside(), *cluster.ray_job(*files)]
-    config = catalog.load("serving.service:serve_config")(recipe, within)
+    config = catalog.load("serving.service:serve_config")(recipe, profile)
     # No command of helio connects and brings them.
     variables |= environment(recipe, [stage for stage in catalog.STAGES if stage.name == "deploy"])
     cluster = KubernetesCluster(name, profile, nodes, place, variables, ports, digest(config))
@@ -106,12 +107,6 @@ def _name(profile: Profile, recipe: "Recipe") -> str:
             "shorten one of theirs"
         )
     return name
-
-
-def _from_within(profile: Profile) -> Profile:
-    """The profile as a node of the cluster has it."""
-    described = {"address", "image", "secrets", "nodes", "kubernetes", "cloud"}
-    return Profile.model_validate({**profile.model_dump(exclude_unset=True, exclude=described), "address": "auto"})
 
 
 def _wants(profile: Profile, place: Kubernetes) -> list[str]:

@@ -150,12 +150,22 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
     # Ray's own handler aborts the process three seconds after a SIGTERM, in the middle of an orderly end.
     signal.signal(signal.SIGTERM, terminate)
     try:
-        there = ray.cluster_resources()
-        check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
-        _check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_capacity(profile, kinds, *resources_in_all(profile), "the cluster")
+        if profile.nodes is None:
+            _check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
         ray.shutdown()
+
+
+def resources_in_all(profile: Profile) -> tuple[float, float]:
+    """CPUs and GPUs of the open Ray; where the profile describes the nodes, of as many as its autoscaler may bring."""
+    import ray
+
+    if profile.nodes is not None:
+        return profile.nodes.largest()
+    there = ray.cluster_resources()
+    return there.get("CPU", 0.0), there.get("GPU", 0.0)
 
 
 def interruptible(work: Callable[[], T]) -> T:

@@ -4,11 +4,13 @@
 to Serve, and Serve calls `build` in the cluster.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EndpointError
 from cluster.profile import Profile
 from cluster.schema import Document, validate
+from serving.client.calls import KEY_VARIABLE
 from serving.config import APPLICATION, ServeConfig
 
 if TYPE_CHECKING:
@@ -18,8 +20,7 @@ if TYPE_CHECKING:
 def serve_config(recipe: "Recipe", profile: Profile) -> dict[str, Any]:
     """Ray Serve's configuration of the endpoint, as `serve deploy` takes it.
 
-    `profile` is what the cluster knows of itself. Raises EndpointError for an endpoint that others could not reach or
-    that wants a command beside it.
+    Raises EndpointError for an endpoint that others could not reach, or that wants a command beside it.
     """
     from serving.open_inference_grpc import serve_options
 
@@ -45,7 +46,7 @@ def serve_config(recipe: "Recipe", profile: Profile) -> dict[str, Any]:
                 "args": {
                     "model": recipe.name,
                     "serve": config.model_dump(exclude_unset=True),
-                    "profile": profile.model_dump(exclude_unset=True),
+                    "profile": profile.model_dump(exclude_unset=True, include={"name", "storage", "replicas"}),
                 },
             }
         ],
@@ -57,6 +58,19 @@ def check_reachable(config: ServeConfig) -> None:
     if config.is_local:
         raise EndpointError(
             f"serve.host is {config.host}, where nobody outside the head reaches the endpoint: set serve.host=0.0.0.0"
+        )
+
+
+def check_run(config: ServeConfig, secrets: Sequence[str]) -> None:
+    """Raise EndpointError for an endpoint that a run on a cluster could not ask at its end.
+
+    `secrets` are the names of the variables that it has.
+    """
+    check_reachable(config)
+    if config.wants_keys and KEY_VARIABLE not in secrets:
+        raise EndpointError(
+            f"serve.keys is {config.keys}, and a run asks its own endpoint without a key: set serve.keys=none, or have "
+            f"a key in {KEY_VARIABLE}, one of profile.secrets"
         )
 
 

@@ -19,11 +19,12 @@ from cluster.manifest import manifest
 from cluster.profile import Profile, load_profile
 from cluster.recipe import load_recipe
 from cluster.schema import Document, validate
+from cluster.session import resources_in_all
 from tests.end_to_end.conftest import README
 
 PROFILES = Path(__file__).with_name("profiles")
 CRDS = Path(__file__).resolve().parents[3] / "shared" / "schemas" / "kuberay"
-OPEN = ["serve.host=0.0.0.0"]
+OPEN = ["serve.host=0.0.0.0", "serve.keys=none"]
 KUBERNETES = [(profile, kind) for profile in ("cpu", "gpu") for kind in ("raycluster", "rayjob", "rayservice")]
 
 GCP = [
@@ -195,8 +196,10 @@ def test_a_ray_job_brings_its_recipe_and_sees_the_cluster_from_within(tmp_path: 
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     assert recipe.digest == load_recipe("cifar10", [*OPEN, "pretrain.epochs=7"]).digest
     profile = load_profile(str(tmp_path / "profile.yaml"))
-    assert (profile.address, profile.storage, profile.nodes) == ("auto", "/mnt/helio", None)
+    assert (profile.address, profile.storage) == ("auto", "/mnt/helio")
     assert profile.needs() == load_profile(str(PROFILES / "gpu.yaml")).needs()
+    # At its start there may be no node yet that takes work: what the autoscaler brings counts.
+    assert resources_in_all(profile) == (4 * 16 + 8 * 8 + 32 * 16, 8)
 
 
 def test_a_ray_service_is_a_configuration_that_serve_takes() -> None:
@@ -385,6 +388,11 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         "gpu",
         ["cifar10", "--kind", "rayservice"],
         "serve.host is 127.0.0.1, where nobody outside the head reaches the endpoint: set serve.host=0.0.0.0",
+    ),
+    "a run that its endpoint would not answer": (
+        "gpu",
+        ["cifar10", "serve.host=0.0.0.0", "--kind", "rayjob"],
+        "serve.keys is auto, and a run asks its own endpoint without a key: set serve.keys=none, or have a key in",
     ),
     "a certificate in a RayService": (
         "gpu",
