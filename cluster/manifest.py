@@ -1,7 +1,9 @@
 """`helio cluster manifest`: a profile's cluster, written for KubeRay or for Ray's cluster launcher.
 
-helio cluster manifest --profile fleet.yaml -o cluster.yaml
-helio cluster manifest cifar10 serve.host=0.0.0.0 --profile fleet.yaml --kind rayjob
+    helio cluster manifest --profile fleet.yaml -o cluster.yaml
+    helio cluster manifest cifar10 serve.host=0.0.0.0 serve.keys=none --profile fleet.yaml --kind rayjob
+
+It names secrets and never holds one.
 """
 
 from collections.abc import Sequence

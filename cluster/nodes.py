@@ -235,6 +235,7 @@ MAY_HAVE = {
     "azure": ("zone", "machine_image"),
     "local": (),
 }
+"""What it may have beside."""
 OF_PROVIDERS = {name for of in (PROVIDER_NEEDS, MAY_HAVE) for names in of.values() for name in names}
 """What one of them knows and another does not."""
 
