@@ -70,6 +70,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
         arguments.recipe = None
+    if arguments.command == "cluster":
+        return _cluster(arguments, output)
     if arguments.command == "tune":
         if arguments.recipe in ("report", "dashboard"):
             return _look_at_search(arguments, output)
@@ -346,6 +348,23 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if arguments.latency_ms is not None:
         raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
     code: int = catalog.load("serving.deploy:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
+    return code
+
+
+def _cluster(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.recipe import load_recipe
+
+    profile, overrides = _profile(arguments)
+    if overrides and not arguments.recipe and "=" not in overrides[0]:
+        # argparse takes what stands behind an option for an override.
+        arguments.recipe = overrides.pop(0)
+    if profile is None:
+        raise HelioError("helio cluster manifest needs --profile: a file that describes the cluster")
+    if overrides and not arguments.recipe:
+        raise HelioError(f"{overrides[0]} is an override of a recipe: name the recipe, too")
+    recipe = load_recipe(arguments.recipe, overrides) if arguments.recipe else None
+    command = catalog.load("cluster.manifest:manifest_command")
+    code: int = command(profile, arguments.kind, recipe, arguments.output, output)
     return code
 
 

@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("request_id", metavar="REQUEST_ID", help="as the answer has it")
     _add_place(trace)
     _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
+    _add_cluster(commands.add_parser("cluster", help="describe a cluster for KubeRay or for Ray's cluster launcher"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
     recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -204,6 +205,21 @@ def _add_data(command: argparse.ArgumentParser) -> None:
             "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
         )
         action.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_cluster(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    text = "write a profile's cluster for KubeRay or for Ray's cluster launcher"
+    manifest = actions.add_parser("manifest", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    manifest.add_argument("recipe", nargs="?", metavar="RECIPE", help="of a rayjob or a rayservice")
+    manifest.add_argument("overrides", nargs="*", metavar="section.key=value")
+    manifest.add_argument("--profile", metavar="FILE", help="the profile that describes the cluster")
+    manifest.add_argument(
+        "--kind",
+        choices=("raycluster", "rayjob", "rayservice", "launcher"),
+        help="rayjob runs the recipe, rayservice serves its champion (default: raycluster or launcher)",
+    )
+    manifest.add_argument("-o", "--output", metavar="FILE", help="write to this file")
 
 
 def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:

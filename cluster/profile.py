@@ -1,6 +1,7 @@
 """A profile: where and on what a run executes. The recipe never says."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cluster.errors import RecipeError
+from cluster.nodes import Cloud, Kubernetes, Nodes, SecretNames
 from cluster.schema import Section, nearest, read_document, validate
 
 SHIPPED = Path(__file__).resolve().parent / "profiles"
@@ -129,7 +131,7 @@ class TlsFiles(Section):
 
 
 class Profile(Section):
-    """Where a run executes: this machine (`address` empty) or a Ray cluster."""
+    """Where a run executes: this machine (`address` empty) or a Ray cluster, which `nodes` may describe."""
 
     name: str
     address: str | None = None
@@ -152,6 +154,14 @@ class Profile(Section):
     replicas: ReplicaResources = ReplicaResources()
     tls: TlsFiles | None = None
     """Makes the endpoint HTTPS."""
+    image: str | None = Field(default=None, pattern=r"^[^\s]+$")
+    """The container image of the nodes of a cluster that helio describes, with helio and this machine's Ray in it."""
+    secrets: SecretNames = Field(default_factory=list)
+    """Environment variables that every node has from a Secret or its own environment; here stand their names alone."""
+    nodes: Nodes | None = None
+    """Of a cluster that helio describes, in Kubernetes or in a cloud."""
+    kubernetes: Kubernetes | None = None
+    cloud: Cloud | None = None
 
     @model_validator(mode="after")
     def _storage_is_a_directory(self) -> "Profile":
@@ -169,8 +179,31 @@ class Profile(Section):
     @model_validator(mode="after")
     def _a_cluster_has_its_own_resources(self) -> "Profile":
         given = {"num_cpus", "num_gpus", "object_store_gb"} & self.model_fields_set
-        if self.address is not None and given:
-            raise ValueError(f"{min(given)} is of a Ray that is started here: leave it out where address is given")
+        if given and (self.address is not None or self.nodes is not None):
+            raise ValueError(f"{min(given)} is of a Ray started here: leave it out where address or nodes are given")
+        return self
+
+    @model_validator(mode="after")
+    def _a_described_cluster_is_whole(self) -> "Profile":
+        if self.kubernetes is not None and self.cloud is not None:
+            raise ValueError("kubernetes and cloud are two places: a profile describes one")
+        place = "kubernetes" if self.kubernetes is not None else "cloud"
+        if (self.kubernetes is None and self.cloud is None) != (self.nodes is None):
+            missing = "nodes" if self.nodes is None else "kubernetes or cloud"
+            raise ValueError(f"{missing} must be given, too, where {place if self.nodes is None else 'nodes'} is")
+        if self.nodes is None:
+            return self
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
+            raise ValueError(
+                f"name must be small letters, digits and dashes, at most 40, where it names a cluster, got {self.name}"
+            )
+        if not re.fullmatch(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", self.storage):
+            raise ValueError(f"storage must be a plain absolute path, the same on every node, got {self.storage!r}")
+        if self.kubernetes is not None:
+            self.kubernetes.check(self.nodes, self.secrets, self.image)
+        if self.cloud is not None:
+            self.cloud.check(self.nodes, self.auth_mode)
+        self.nodes.check_room(self.units(), self.trials.memory_gb)
         return self
 
     def units(self) -> dict[str, tuple[float, float]]:

@@ -95,8 +95,18 @@ def local_cpus(profile: Profile) -> int:
     return profile.num_cpus or len(os.sched_getaffinity(0))
 
 
+def check_address(profile: Profile) -> None:
+    """Raise HelioError for a profile that describes a cluster and does not say where it runs."""
+    if profile.nodes is not None and profile.address is None:
+        raise HelioError(
+            f"profile {profile.name} describes a cluster and has no address: make it (`helio cluster manifest`), then "
+            "set address to its head's host:6379"
+        )
+
+
 def check_capacity_here(profile: Profile, kinds: Iterable[str]) -> None:
     """The same for a Ray that would be started here, as far as it is known; a cluster tells once it is reached."""
+    check_address(profile)
     if profile.address is None:
         # Only Ray finds out how many GPUs there are, where the profile does not say.
         gpus = float("inf") if profile.num_gpus is None else profile.num_gpus
@@ -111,6 +121,7 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
     is used as it is. Raises CapacityError before any work begins when one of `kinds` can never be placed, HelioError
     when the cluster cannot be reached.
     """
+    check_address(profile)
     kinds = list(kinds)
     environment = {**session_environment(profile), **more}
     os.environ.update(environment)
@@ -142,12 +153,22 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
     # Ray's own handler aborts the process three seconds after a SIGTERM, in the middle of an orderly end.
     signal.signal(signal.SIGTERM, terminate)
     try:
-        there = ray.cluster_resources()
-        check_capacity(profile, kinds, there.get("CPU", 0), there.get("GPU", 0), "the cluster")
-        check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_capacity(profile, kinds, *resources_in_all(profile), "the cluster")
+        if profile.nodes is None:
+            check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
     finally:
         ray.shutdown()
+
+
+def resources_in_all(profile: Profile) -> tuple[float, float]:
+    """CPUs and GPUs of the open Ray; where the profile describes the nodes, of as many as its autoscaler may bring."""
+    import ray
+
+    if profile.nodes is not None:
+        return profile.nodes.largest()
+    there = ray.cluster_resources()
+    return there.get("CPU", 0.0), there.get("GPU", 0.0)
 
 
 def interruptible(work: Callable[[], T]) -> T:

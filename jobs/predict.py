@@ -32,7 +32,7 @@ from cluster.errors import CapacityError, DataError, HelioError
 from cluster.plan import preflight
 from cluster.profile import Profile
 from cluster.progress import RunProgress
-from cluster.session import ray_session
+from cluster.session import ray_session, resources_in_all
 from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
 from jobs.data.dataset import SPLITS, Dataset
@@ -180,7 +180,7 @@ def predict_parts(
     written are not those read.
     """
     data, replicas = profile.data, profile.replicas
-    cpus = ray.cluster_resources().get("CPU", 0)
+    cpus, _ = resources_in_all(profile)
     if cpus < data.cpus_per_task + replicas.cpus:
         raise CapacityError(
             f"profile {profile.name} asks for {replicas.cpus:g} CPUs for a model and {data.cpus_per_task:g} for a "

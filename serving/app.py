@@ -35,9 +35,6 @@ from serving.rollout.arms import Arms
 from serving.rollout.state import Version
 from serving.served import Served, politely, runs_in_loop
 
-NAME = "helio"
-"""The Serve application."""
-
 GRACEFUL_SHUTDOWN_S = 10.0
 """What a leaving replica has for the requests that it still holds."""
 

@@ -24,7 +24,7 @@ from cluster.session import HEAD, ray_session
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
-from serving.config import ServeConfig
+from serving.config import APPLICATION, ServeConfig
 from serving.records.identity import new_request_id
 from serving.tls.front import find_certificate, https, notice, trust
 
@@ -66,10 +66,10 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
     if serve.status().proxies:
         raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
     version.open()
-    from serving.app import NAME, build_application
+    from serving.app import build_application
     from serving.open_inference_grpc import serve_options
 
-    control = _start_control(profile, config, version)
+    control = start_control(profile, config, version)
     try:
         try:
             serve.start(
@@ -79,10 +79,10 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
                 if config.grpc_port is None
                 else serve_options(config.grpc_port, config.request_timeout_s),
             )
-            serve.run(build_application(config, version.model, profile, control), name=NAME, route_prefix="/")
+            serve.run(build_application(config, version.model, profile, control), name=APPLICATION, route_prefix="/")
         except (RuntimeError, TimeoutError) as error:
             raise EndpointError(
-                f"model {version.model} version {version.version} cannot be served: {_reason(error, NAME)}"
+                f"model {version.model} version {version.version} cannot be served: {_reason(error, APPLICATION)}"
             ) from error
         url = _url(profile, config)
         _wait_until_ready(url)
@@ -92,8 +92,9 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
         ray.kill(control)
 
 
-def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion) -> Any:
-    """The actor that all replicas share, on the head node: it ends with this process."""
+def start_control(profile: Profile, config: ServeConfig, version: ModelVersion, **more: Any) -> Any:
+    """The actor that all replicas share, on the head node: it ends with this process, unless `more` options of Ray's
+    say otherwise."""
     import ray
 
     from serving.control import NAME, NAMESPACE, Control
@@ -106,6 +107,7 @@ def _start_control(profile: Profile, config: ServeConfig, version: ModelVersion)
         "max_restarts": -1,
         "max_task_retries": 2,
         "max_concurrency": 1000,
+        **more,
     }
     actor = ray.remote(Control).options(**options)
     serves = {"version": version.version, "digest": version.digest, "bundle": str(version.bundle)}

@@ -26,9 +26,8 @@ from cluster.profile import Profile
 from cluster.session import free_ports, ray_session
 from jobs.registry import ModelVersion
 from serving.admission import Quota
-from serving.app import NAME
 from serving.client import Client
-from serving.config import ServeConfig
+from serving.config import APPLICATION, ServeConfig
 from serving.deploy import endpoint
 from serving.keys import KeyStore, control_db
 from tests.measure import run_benchmark
@@ -166,7 +165,7 @@ def _compete(url: str, keys: KeyStore) -> dict[str, Any]:
 
 
 def _running() -> int:
-    states = serve.status().applications[NAME].deployments["Predictor"].replica_states
+    states = serve.status().applications[APPLICATION].deployments["Predictor"].replica_states
     return {str(state): count for state, count in states.items()}.get("RUNNING", 0)
 
 

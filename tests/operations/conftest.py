@@ -11,8 +11,7 @@ from ray import serve
 from cluster.profile import load_profile
 from cluster.session import free_ports
 from jobs.registry import ModelVersion
-from serving.app import NAME
-from serving.config import ServeConfig
+from serving.config import APPLICATION, ServeConfig
 from serving.deploy import endpoint
 from serving.keys import KeyStore, control_db
 from tests.operations.traffic import Traffic, client_senders, eventually, plain_senders, processes
@@ -45,7 +44,7 @@ class Place:
 
 def running() -> int:
     """Replicas that take requests."""
-    states = serve.status().applications[NAME].deployments["Predictor"].replica_states
+    states = serve.status().applications[APPLICATION].deployments["Predictor"].replica_states
     return {str(state): count for state, count in states.items()}.get("RUNNING", 0)
 
 
