@@ -54,6 +54,9 @@ STAGES = (
 )
 """The stages of `helio run`, in order."""
 
+HOLDERS = ("serving.records.holds:held_bundles",)
+"""Called with a storage, tell which bundles are needed beside what `jobs` knows of, and what for: (directory, why)."""
+
 
 def load(target: str) -> Any:
     """Import `package.module:name` and return the object."""

@@ -56,6 +56,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _predict(arguments, output)
     if arguments.command == "data":
         return _data(arguments, output)
+    if arguments.command == "runs":
+        return _runs(arguments, output)
     if arguments.command == "evaluate":
         return _evaluate(arguments, output)
     if arguments.command == "rollout":
@@ -172,6 +174,21 @@ def _data(arguments: argparse.Namespace, output: "Output") -> int:
         options["show"] = (arguments.dataset, storage, arguments.output, loaded)
     command = catalog.load(f"jobs.datasets:{arguments.action}_command")
     code: int = command(*options[arguments.action], arguments.json, output)
+    return code
+
+
+def _runs(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.profile import load_profile
+
+    profile, names = _profile(arguments)
+    storage = (profile or load_profile("local")).storage_path
+    options: tuple[Any, ...] = ()
+    if arguments.action == "list":
+        options = (arguments.limit,)
+    elif arguments.action == "prune":
+        options = (arguments.older_than, arguments.keep, arguments.registered, arguments.yes)
+    command = catalog.load(f"jobs.runs.commands:{arguments.action}_command")
+    code: int = command(names, storage, *options, arguments.json, output)
     return code
 
 

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_place(trace)
     _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
     _add_cluster(commands.add_parser("cluster", help="describe a cluster for KubeRay or for Ray's cluster launcher"))
+    _add_runs(commands.add_parser("runs", help="list, show and compare runs, and delete what nothing needs"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
     recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -220,6 +221,33 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
         help="rayjob runs the recipe, rayservice serves its champion (default: raycluster or launcher)",
     )
     manifest.add_argument("-o", "--output", metavar="FILE", help="write to this file")
+
+
+def _add_runs(command: argparse.ArgumentParser) -> None:
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "list": "one line for each run of the workspace, the newest first",
+        "show": "what a run was asked, what it found and cost, and who needs whom",
+        "compare": "what differs between runs, and their results side by side",
+        "prune": "say which runs can be deleted without breaking a lineage; --yes deletes them",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text, description=text)
+        words = ("profile.key=value", None) if name == "list" else ("RUN", "its name, or how that begins")
+        action.add_argument("overrides", nargs="*", metavar=words[0], help=words[1])
+        if name == "list":
+            action.add_argument("--limit", type=int, metavar="N", help="the newest so many")
+        if name == "prune":
+            action.add_argument("--older-than", type=float, metavar="DAYS", help="nothing has changed for so long")
+            action.add_argument("--keep", type=int, metavar="N", help="the newest so many of each recipe stay")
+            action.add_argument(
+                "--registered", action="store_true", help="give up registered versions that have no alias, too"
+            )
+            action.add_argument("--yes", action="store_true", help="delete; without it, nothing is touched")
+        action.add_argument(
+            "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
+        )
+        action.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:

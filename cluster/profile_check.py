@@ -20,7 +20,7 @@ from cluster.dashboard import Dashboard, check_room
 from cluster.errors import HelioError
 from cluster.plan import NEED_OF_STAGE
 from cluster.profile import Profile, load_profile
-from cluster.run import code_versions
+from cluster.run import package_versions
 from cluster.session import check_capacity_here, ray_session
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _cluster(profile: Profile) -> Iterable[Check]:
     except HelioError as error:
         yield Check("a job on the cluster", str(error))
         return
-    ours = code_versions()
+    ours = package_versions()
     for node, told in found.items():
         others = [
             f"{name} {version} there, {ours[name]} here"
@@ -124,7 +124,7 @@ def _look(storage: str, seen: str, secrets: list[str]) -> dict[str, Any]:
     if fault is None and not Path(seen).exists():
         fault = "it is another directory than on the node of the job: mount the same one everywhere"
     return {
-        "versions": code_versions(),
+        "versions": package_versions(),
         "storage": fault,
         "missing": [name for name in secrets if name not in os.environ],
     }

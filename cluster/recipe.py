@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,11 +29,22 @@ class Header(Section):
 
 
 @dataclass(frozen=True)
+class Given:
+    """How a recipe was given."""
+
+    recipe: str
+    """A file, or the name of a shipped one."""
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A validated recipe. `section(DataConfig)` returns the section of that type."""
 
     header: Header
     sections: dict[str, Section]
+    given: Given | None = None
+    """None: not on a command line, but read from a run."""
 
     @property
     def name(self) -> str:
@@ -85,7 +96,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _write_out_default(document, override)
         document.override(override, [*catalog.SECTIONS, *Header.model_fields])
-    return build_recipe(document)
+    return replace(build_recipe(document), given=Given(reference, tuple(overrides)))
 
 
 def build_recipe(document: Document) -> Recipe:

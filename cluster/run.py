@@ -1,10 +1,11 @@
 """A run: one execution of a recipe with its own directory, the record of its stages, and its log file.
 
 <storage>/runs/<run>/
-    run.json            recipe, profile, versions
+    run.json            recipe and how it was given, profile, versions, code
     run.log             everything that helio, Ray and TensorFlow said
     progress.log        what the user was told
-    stages/<stage>.json result and seconds of each finished stage
+    stages/<stage>.json result, seconds and cost of each finished stage
+    attempts/<stage>.json   each time that it was begun, with what that has cost (cluster.cost)
     results.json        the figures of the whole run
     evaluation.json     what `helio evaluate` found, from the files in evaluate/
     report.html
@@ -18,13 +19,15 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cluster import catalog
+from cluster.code import code_digest, code_version
+from cluster.cost import Attempt, Meter, total, totals, utc_now
 from cluster.errors import HelioError
 from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
@@ -33,6 +36,9 @@ from cluster.schema import Document, validate
 
 PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
+ATTEMPTS = "attempts"
+LOCK_WAIT_S = 1.0
+"""Who only looks whether a run is going on has its lock for less."""
 
 
 @dataclass
@@ -67,28 +73,43 @@ class Run:
             raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
         return result
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Keep other commands off this run for the length of the block. Raises HelioError when one is at it."""
-        with (self.directory / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HelioError(f"run {self.name} is going on in another process: wait for its end") from None
-            yield
+        return alone(self.directory)
 
     def seconds(self) -> dict[str, float]:
         """Wall time of each finished stage, in the order of the stages."""
         records = {stage.name: self._record(stage.name) for stage in catalog.STAGES}
         return {name: record["seconds"] for name, record in records.items() if record}
 
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """What each stage has cost so far, all of its attempts together; an evaluation counts as one."""
+        return totals(read_attempts(self.directory))
+
     def carry_out(self, stage: catalog.Stage) -> dict[str, Any]:
         """Run a stage and record its result."""
         started = time.monotonic()
-        result: dict[str, Any] = catalog.load(stage.target)(self)
-        seconds = round(time.monotonic() - started, 2)
-        write_json(self.directory / "stages" / f"{stage.name}.json", {"result": result, "seconds": seconds})
+        with self.metered(stage.name):
+            result: dict[str, Any] = catalog.load(stage.target)(self)
+        record = {
+            "result": result,
+            "seconds": round(time.monotonic() - started, 2),
+            "cost": total(read_attempts(self.directory)[stage.name]),
+        }
+        write_json(self.directory / "stages" / f"{stage.name}.json", record)
         return result
+
+    def metered(self, stage: str) -> Meter:
+        """A block that is another attempt at the stage, and what it costs."""
+        before = read_attempts(self.directory).get(stage, [])
+        path = self.directory / ATTEMPTS / f"{stage}.json"
+        # A run may go on with other code than it began with.
+        digest = code_digest()
+
+        def keep(attempt: Attempt) -> None:
+            write_json(path, [*before, {**attempt, "code_digest": digest}])
+
+        return Meter(keep, shared=self.profile.address is not None)
 
     def _record(self, stage: str) -> dict[str, Any] | None:
         path = self.directory / "stages" / f"{stage}.json"
@@ -116,10 +137,13 @@ def create_run(recipe: Recipe, profile: Profile, progress: RunProgress, name: st
     write_json(
         directory / "run.json",
         {
+            "created": utc_now(),
             "recipe": recipe.to_dict(),
             "recipe_digest": recipe.digest,
+            "given": None if recipe.given is None else asdict(recipe.given),
             "profile": profile.model_dump(exclude_unset=True),
-            "versions": code_versions(),
+            "versions": package_versions(),
+            "code": code_version(),
         },
     )
     return Run(recipe, profile, directory, progress)
@@ -140,7 +164,7 @@ def open_run(
     runs = (profile or load_profile("local", profile_overrides)).storage_path / "runs"
     directory = next((d.resolve() for d in (runs / reference, Path(reference)) if (d / "run.json").is_file()), None)
     if directory is None:
-        known = sorted(path.parent.name for path in runs.glob("*/run.json"))
+        known = sorted(path.parent.name for path in runs.glob("[!.]*/run.json"))
         listed = f"there are {', '.join(known[-5:])}" if known else "there is none yet"
         raise HelioError(f"no run {reference!r} under {runs}: {listed}")
     record = json.loads((directory / "run.json").read_text())
@@ -155,6 +179,44 @@ def open_run(
     for override in overrides:
         recipe.override(override, catalog.SECTIONS)
     return Run(build_recipe(recipe), profile, directory, progress)
+
+
+def read_attempts(directory: Path) -> dict[str, list[Attempt]]:
+    """The attempts at each stage of the run in this directory, in the order of the stages; evaluations come last."""
+    names = [*(stage.name for stage in catalog.STAGES), "evaluate"]
+    paths = {name: directory / ATTEMPTS / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep commands off the run in this directory for the length of the block. Raises HelioError when one is at it."""
+    with (directory / "lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HelioError(f"run {directory.name} is going on in another process: wait for its end") from None
+                time.sleep(0.05)
+        if not (directory / "lock").exists():
+            gone = f"run {directory.name} has been deleted meanwhile"
+            raise HelioError(f"{gone}: `helio runs list` lists those there are")
+        yield
+
+
+def going_on(directory: Path) -> bool:
+    """Whether a command is at the run in this directory now."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def new_directory(parent: Path, name: str) -> Path:
@@ -183,7 +245,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary.replace(path)
 
 
-def code_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of Python and of what results depend on."""
     return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 

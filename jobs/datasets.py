@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import DataError
 from cluster.progress import RunProgress
 from cluster.schema import nearest
+from cluster.tables import size_text, table_text
 from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.difference import EXAMPLES, difference
 from jobs.data.integrity import check_shards
@@ -155,28 +156,6 @@ def verify_command(reference: str, storage: Path, decode: bool, as_json: bool, o
         looked = "checksums, rows, ids and every image" if decode else "checksums, rows and ids"
         print(f"{dataset.directory.name}: {shards:,} shards, {total:,} images: {looked} are right", file=output.results)
     return 0
-
-
-def size_text(size: float) -> str:
-    """Bytes for a reader: at most four digits and a decimal unit."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        units.pop(0)
-    return f"{size:.0f} {units[0]}" if units[0] == "B" or size >= 99.95 else f"{size:.1f} {units[0]}"
-
-
-def table_text(rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Rows, the first of them the head, in columns as wide as they need; those in `numeric` are flush right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            text.rjust(width) if column in numeric else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _summary(dataset: Dataset) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def evaluate(protocol: Protocol) -> dict[str, Any]:
     """Do what is not done yet, on Ray; write and return the document."""
     run = protocol.run
     if protocol.pending():
-        with ray_session(run.profile, [KIND]):
+        with ray_session(run.profile, [KIND]), run.metered("evaluate"):
             _compute(protocol)
     else:
         run.progress.say("  finished before")

@@ -7,10 +7,10 @@ The winner from scratch is retrained and tested in the same way, so that the two
 holds the verdict: that of `helio evaluate` where the run has one, otherwise that of this comparison.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from cluster.code import code_digest
 from cluster.errors import CheckpointError
 from cluster.run import Run, new_directory
 from jobs.bundle import Bundle, complete_manifest
@@ -256,16 +256,6 @@ def _tags(bundle: Bundle) -> dict[str, str]:
     lineage = bundle.manifest["lineage"]
     names = ("run", "recipe_digest", "code_digest", "dataset_fingerprint", "checkpoint", "trial")
     return {**{name: str(lineage[name]) for name in names}, "evaluation": bundle.manifest["evaluation"]["verdict"]}
-
-
-def code_digest() -> str:
-    """SHA-256 over helio's own source files: the version of the code, also where there is no version control."""
-    root = Path(__file__).resolve().parent.parent
-    total = hashlib.sha256()
-    for room in ("cluster", "jobs", "tuning", "serving"):
-        for path in sorted((root / room).rglob("*.py")):
-            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return total.hexdigest()
 
 
 def _say(

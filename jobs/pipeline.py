@@ -41,7 +41,8 @@ def run_stages(
                     run.progress.console.print(results_page(run))
                 if keep_serving:
                     run.progress.say("the endpoint stays up until Ctrl-C")
-                    _wait_for_interrupt()
+                    with run.metered("deploy"):
+                        _wait_for_interrupt()
         except (KeyboardInterrupt, HelioError):
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise

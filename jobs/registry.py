@@ -35,6 +35,20 @@ class ModelVersion:
         return Bundle.open(self.bundle, self.digest)
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A version with what the registry says of it."""
+
+    version: ModelVersion
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+
+
+def is_there(storage: Path) -> bool:
+    """Whether there is a registry to ask; asking makes one."""
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (storage / "mlflow.db").exists()
+
+
 class Registry:
     """Registers bundles and resolves aliases."""
 
@@ -94,6 +108,19 @@ class Registry:
                 return {}
             raise
 
+    def versions(self) -> list[Registered]:
+        """All versions of all models, those of other workspaces that use the same registry, too."""
+        models = _all(self._client.search_registered_models)
+        aliases = {model.name: [(alias, str(version)) for alias, version in model.aliases.items()] for model in models}
+        found = []
+        for version in _all(self._client.search_model_versions):
+            number = str(version.version)
+            own = tuple(sorted(alias for alias, other in aliases.get(version.name, []) if other == number))
+            bundle = Path((version.source or "").removeprefix(SCHEME))
+            made = ModelVersion(version.name, number, bundle, version.tags.get("bundle_digest", ""))
+            found.append(Registered(made, own, dict(version.tags)))
+        return found
+
     def require(self, model: str, alias: str) -> ModelVersion:
         """The same. Raises HelioError where there is none."""
         version = self.find(model, alias)
@@ -102,3 +129,14 @@ class Registry:
                 f"model {model} has no {alias} in the registry {self._uri}: run `helio run` or `helio export`"
             )
         return version
+
+
+def _all(search: Callable[..., Any]) -> list[Any]:
+    """All pages of one of MLflow's searches."""
+    found, token = [], None
+    while True:
+        page = search(page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

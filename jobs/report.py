@@ -14,6 +14,7 @@ import yaml
 
 from cluster import catalog
 from cluster.run import Run, write_atomic
+from cluster.tables import duration_text
 from jobs import charts
 from jobs.evaluation.metrics import title, told
 from jobs.evaluation.page import evaluation_chart, evaluation_lines, evaluation_sheet
@@ -217,11 +218,11 @@ def _time(run: Run) -> str:
         return ""
     longest, titles = max(*seconds.values(), 0.01), {stage.name: stage.title for stage in catalog.STAGES}
     rows = "".join(
-        f'<tr><td>{titles[name]}</td><td class="n">{_duration(value)}</td>'
+        f'<tr><td>{titles[name]}</td><td class="n">{duration_text(value)}</td>'
         f'<td class="bar"><i style="width:{100 * value / longest:.1f}%"></i></td></tr>'
         for name, value in seconds.items()
     )
-    total = f'<tr><td>All stages</td><td class="n">{_duration(sum(seconds.values()))}</td><td></td></tr>'
+    total = f'<tr><td>All stages</td><td class="n">{duration_text(sum(seconds.values()))}</td><td></td></tr>'
     return f'<div class="scroll times"><table>{rows}{total}</table></div>'
 
 
@@ -281,10 +282,3 @@ def _cells(texts: Iterable[str], numeric: Iterable[bool], tag: str) -> str:
 
 def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

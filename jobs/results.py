@@ -40,6 +40,7 @@ def collect_results(run: Run) -> dict[str, Any]:
         "model_version": export.get("version"),
         "promoted": export.get("promoted"),
         "seconds": run.seconds(),
+        "costs": run.costs(),
         "stages": {stage.name: run.result(stage.name) for stage in catalog.STAGES},
     }
 
@@ -125,6 +126,9 @@ def _places(run: Run) -> Table | None:
     if seconds:
         stages = ", ".join(f"{name} {value:,.0f}" for name, value in seconds.items())
         rows.append(("seconds", f"{stages}; together {sum(seconds.values()):,.0f}"))
+    if costs := run.costs():
+        cpu, gpu = (sum(cost[name] for cost in costs.values()) for name in ("cpu_hours", "gpu_hours"))
+        rows.append(("cost", f"{cpu:.2f} CPU-hours, {gpu:.2f} GPU-hours; by stage: helio runs show {run.name}"))
     return _grid(rows)
 
 

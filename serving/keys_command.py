@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import HelioError
 from cluster.recipe import load_recipe, shipped_recipes
 from cluster.schema import nearest
-from jobs.datasets import table_text
+from cluster.tables import table_text
 from serving.admission import DAY_S, PERIODS, Key, Quota, Rate, moment
 from serving.keys import KeyStore, control_db
 

@@ -8,7 +8,6 @@ and data set; and where these are still there, their own files say more.
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from cluster.errors import CheckpointError, DataError, HelioError
 from jobs.bundle import Bundle
 from jobs.data.dataset import Dataset
-from jobs.registry import Registry
+from jobs.registry import Registry, is_there
 from jobs.training.checkpoint import read_state
 from serving.records.feedback import read_feedback
 from serving.records.identity import is_kept, time_of
@@ -108,7 +107,7 @@ def _lineage(storage: Path, answered: dict[str, str], notes: list[str]) -> dict[
 
 def _registered(storage: Path, answered: dict[str, str], notes: list[str]) -> dict[str, Any]:
     """What the registry's tags tell of a version whose bundle is gone."""
-    if not (storage / "mlflow.db").exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not is_there(storage):
         return {}
     from mlflow.exceptions import MlflowException
 

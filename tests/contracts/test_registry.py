@@ -70,6 +70,14 @@ class TestRegistryContract:
         with pytest.raises(CheckpointError, match="was changed or damaged"):
             version.open()
 
+    def test_all_versions_are_told_with_their_aliases(self, registry: Registry, tmp_path: Path) -> None:
+        made = [registry.register("wasps", _bundle(tmp_path, name), {"run": name}) for name in ("one", "two", "three")]
+        registry.set_alias("wasps", "champion", made[2].version)
+        told = {one.version.version: one for one in registry.versions() if one.version.model == "wasps"}
+        assert [told[version.version].version for version in made] == made
+        assert [told[number].aliases for number in ("1", "2", "3")] == [(), (), ("candidate", "champion")]
+        assert told["2"].tags == {"run": "two", "bundle_digest": made[1].digest}
+
     def test_the_lineage_of_a_version_is_kept(self, registry: Registry, tmp_path: Path) -> None:
         version = registry.register("tagged", _bundle(tmp_path, "bundle"), {"run": "ants-1"})
         assert registry.tags("tagged", version.version) == {"run": "ants-1", "bundle_digest": version.digest}

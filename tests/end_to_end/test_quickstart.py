@@ -1,6 +1,7 @@
 """The whole way once: what `helio run quickstart` leaves behind is true."""
 
 import json
+import os
 from pathlib import Path
 
 import optuna
@@ -35,6 +36,14 @@ def test_the_results_are_complete_and_learning_paid(walk: Walk) -> None:
     # Which trials the scheduler stops depends on timing: a few of the 359 test images to either side.
     assert results["accuracy_pretrained"] > results["accuracy_scratch"] - 0.02
     assert results["served_accuracy"] > 0.8
+
+
+def test_each_stage_tells_what_it_cost(walk: Walk) -> None:
+    costs = walk.results["costs"]
+    assert list(costs) == list(walk.results["seconds"])
+    cpus = len(os.sched_getaffinity(0))
+    assert all(0 < cost["cpu_hours"] <= cpus * cost["seconds"] / 3600 for cost in costs.values())
+    assert all((cost["attempts"], cost["gpu_hours"], cost["shared"]) == (1, 0.0, False) for cost in costs.values())
 
 
 def test_the_endpoint_answered_as_the_bundle_does(walk: Walk) -> None:

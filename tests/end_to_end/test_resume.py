@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import MakeRun, carry_out
 
 HELIO = str(Path(sys.executable).with_name("helio"))
@@ -80,5 +82,10 @@ def test_an_interrupted_and_killed_run_goes_on_and_ends_where_it_would_have_ende
     fresh = make_run(*SETTINGS)
     carry_out(fresh, "ingest", "pretrain")
     print(f"interrupted and killed, {result['steps']} steps, resumed from {result['resumed_from_steps']}")
+    attempts = json.loads((run / "attempts" / "pretrain.json").read_text())
+    assert [attempt["outcome"] for attempt in attempts] == ["interrupted", None, "finished"]
+    cost = json.loads((run / "stages" / "pretrain.json").read_text())["cost"]
+    assert cost["cpu_hours"] == pytest.approx(sum(attempt["cpu_hours"] for attempt in attempts))
+    assert all(attempt["cpu_hours"] > 0 for attempt in attempts)
     # One thread a worker and a fixed order of all sums: not close, but the same.
     assert result["weights_sha256"] == fresh.require("pretrain")["weights_sha256"]
