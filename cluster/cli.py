@@ -9,17 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cluster import catalog
+from cluster import catalog, cluster_commands
+from cluster.cluster_commands import profile_of
 from cluster.errors import HelioError
 from cluster.parser import UNTIL, build_parser
 
 if TYPE_CHECKING:
     from cluster.output import Output
     from cluster.profile import Profile
-
-
-JOBS = ("submit", "jobs", "status", "logs", "wait", "stop", "resubmit")
-"""Commands that speak with the cluster of a profile."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +54,7 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.command == "data":
         return _data(arguments, output)
     if arguments.command == "runs":
-        return _runs(arguments, output)
+        return cluster_commands.runs(arguments, output)
     if arguments.command == "evaluate":
         return _evaluate(arguments, output)
     if arguments.command == "rollout":
@@ -65,21 +62,21 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
     if arguments.command in ("keys", "trace"):
         return _look_at_endpoint(arguments, output)
     if arguments.command == "profile":
-        return _check_profile(arguments, output)
-    if arguments.command in JOBS:
-        return _job(arguments, output)
+        return cluster_commands.check_profile(arguments, output)
+    if arguments.command in cluster_commands.JOBS:
+        return cluster_commands.job(arguments, output)
+    if arguments.command == "cluster":
+        return cluster_commands.cluster(arguments, output)
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
         arguments.recipe = None
-    if arguments.command == "cluster":
-        return _cluster(arguments, output)
     if arguments.command == "tune":
         if arguments.recipe in ("report", "dashboard"):
             return _look_at_search(arguments, output)
         if arguments.port is not None:
             raise HelioError("--port is of helio tune dashboard RUN")
-    profile, overrides = _profile(arguments)
+    profile, overrides = profile_of(arguments)
     if arguments.command == "deploy":
         return _deploy(arguments, profile, overrides, output)
     return _stages(arguments, profile, overrides, output)
@@ -131,7 +128,7 @@ def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
             "helio predict --data needs --recipe, whose champion labels the images, or --bundle, one of them"
         )
     arguments.overrides = arguments.files
-    profile, overrides = _profile(arguments)
+    profile, overrides = profile_of(arguments)
     if arguments.recipe:
         recipe = load_recipe(arguments.recipe, overrides)
     else:
@@ -156,7 +153,7 @@ def _data(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.profile import load_profile
     from cluster.recipe import load_recipe
 
-    profile, overrides = _profile(arguments)
+    profile, overrides = profile_of(arguments)
     recipe = getattr(arguments, "recipe", None)
     if overrides and not recipe:
         takes = "needs --recipe for it" if arguments.action == "show" else "takes none but of the profile"
@@ -177,26 +174,11 @@ def _data(arguments: argparse.Namespace, output: "Output") -> int:
     return code
 
 
-def _runs(arguments: argparse.Namespace, output: "Output") -> int:
-    from cluster.profile import load_profile
-
-    profile, names = _profile(arguments)
-    storage = (profile or load_profile("local")).storage_path
-    options: tuple[Any, ...] = ()
-    if arguments.action == "list":
-        options = (arguments.limit,)
-    elif arguments.action == "prune":
-        options = (arguments.older_than, arguments.keep, arguments.registered, arguments.yes)
-    command = catalog.load(f"jobs.runs.commands:{arguments.action}_command")
-    code: int = command(names, storage, *options, arguments.json, output)
-    return code
-
-
 def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.progress import RunProgress
     from cluster.run import open_run
 
-    profile, overrides = _profile(arguments)
+    profile, overrides = profile_of(arguments)
     others = [word for word in overrides if not word.startswith("evaluate.")]
     if others:
         raise HelioError(f"a run keeps its recipe: helio evaluate takes evaluate.key=value alone, got {others[0]}")
@@ -220,7 +202,7 @@ def _rollout(arguments: argparse.Namespace, output: "Output") -> int:
 def _look_at_endpoint(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.profile import load_profile
 
-    profile, others = _profile(arguments)
+    profile, others = profile_of(arguments)
     if others:
         raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {others[0]}")
     storage, code = (profile or load_profile("local")).storage_path, 0
@@ -251,42 +233,11 @@ def _look_at_endpoint(arguments: argparse.Namespace, output: "Output") -> int:
     return code
 
 
-def _check_profile(arguments: argparse.Namespace, output: "Output") -> int:
-    from cluster.profile import load_profile
-
-    profile, others = _profile(arguments)
-    if others:
-        raise HelioError(f"helio profile takes profile.key=value alone, got {others[0]}")
-    code: int = catalog.load("cluster.profile_check:check_command")(
-        profile or load_profile("local"), arguments.json, output
-    )
-    return code
-
-
-def _job(arguments: argparse.Namespace, output: "Output") -> int:
-    from cluster.profile import load_profile
-    from cluster.recipe import load_recipe
-
-    profile, overrides = _profile(arguments)
-    profile = profile or load_profile("local")
-    if overrides and arguments.command != "submit":
-        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {overrides[0]}")
-    words: dict[str, tuple[Any, ...]] = {"jobs": (), "submit": ()}
-    if arguments.command == "submit":
-        recipe = load_recipe(arguments.recipe, overrides)
-        words["submit"] = (recipe, arguments.until, UNTIL[arguments.until][0])
-    place = words.get(arguments.command, (getattr(arguments, "job", None),))
-    more = [getattr(arguments, name) for name in ("follow", "timeout", "json") if hasattr(arguments, name)]
-    name = "list" if arguments.command == "jobs" else arguments.command
-    code: int = catalog.load(f"cluster.jobs_command:{name}_command")(profile, *place, *more, output)
-    return code
-
-
 def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
     from cluster.progress import RunProgress
     from cluster.run import open_run
 
-    profile, words = _profile(arguments)
+    profile, words = profile_of(arguments)
     if len(words) != 1:
         raise HelioError(f"helio tune {arguments.recipe} takes the name of one run, got {' '.join(words) or 'none'}")
     if arguments.port is not None and arguments.recipe == "report":
@@ -295,17 +246,6 @@ def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
     command = catalog.load(f"tuning.report:{arguments.recipe}_command")
     code: int = command(run, arguments.json if arguments.recipe == "report" else arguments.port or 8080, output)
     return code
-
-
-def _profile(arguments: argparse.Namespace) -> tuple["Profile | None", list[str]]:
-    """The profile where one is asked for, and the overrides that are not the profile's."""
-    from cluster.profile import load_profile
-
-    own = [o for o in arguments.overrides if o.startswith("profile.")]
-    rest = [o for o in arguments.overrides if not o.startswith("profile.")]
-    if arguments.profile is None and not own:
-        return None, rest
-    return load_profile(arguments.profile or "local", own), rest
 
 
 def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
@@ -365,23 +305,6 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if arguments.latency_ms is not None:
         raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
     code: int = catalog.load("serving.deploy:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
-    return code
-
-
-def _cluster(arguments: argparse.Namespace, output: "Output") -> int:
-    from cluster.recipe import load_recipe
-
-    profile, overrides = _profile(arguments)
-    if overrides and not arguments.recipe and "=" not in overrides[0]:
-        # argparse takes what stands behind an option for an override.
-        arguments.recipe = overrides.pop(0)
-    if profile is None:
-        raise HelioError("helio cluster manifest needs --profile: a file that describes the cluster")
-    if overrides and not arguments.recipe:
-        raise HelioError(f"{overrides[0]} is an override of a recipe: name the recipe, too")
-    recipe = load_recipe(arguments.recipe, overrides) if arguments.recipe else None
-    command = catalog.load("cluster.manifest:manifest_command")
-    code: int = command(profile, arguments.kind, recipe, arguments.output, output)
     return code
 
 

@@ -71,7 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("request_id", metavar="REQUEST_ID", help="as the answer has it")
     _add_place(trace)
     _add_data(commands.add_parser("data", help="list, show, compare and verify ingested data sets"))
-    _add_cluster(commands.add_parser("cluster", help="describe a cluster for KubeRay or for Ray's cluster launcher"))
+    _add_cluster(
+        commands.add_parser("cluster", help="start, join and end a cluster; describe one for KubeRay or Ray's launcher")
+    )
     _add_runs(commands.add_parser("runs", help="list, show and compare runs, and delete what nothing needs"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
@@ -210,6 +212,23 @@ def _add_data(command: argparse.ArgumentParser) -> None:
 
 def _add_cluster(command: argparse.ArgumentParser) -> None:
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    texts = {
+        "up": "start the head node of a profile's cluster on this machine",
+        "join": "make this machine a worker node of a profile's cluster",
+        "status": "the nodes of a profile's cluster",
+        "down": "end the node of this machine",
+    }
+    for name, text in texts.items():
+        action = actions.add_parser(name, help=text)
+        action.add_argument("overrides", nargs="*", metavar="profile.key=value")
+        action.add_argument(
+            "--profile", required=True, metavar="FILE", help="the profile that says where the cluster is"
+        )
+        if name in ("up", "join"):
+            action.add_argument("--cpus", type=int, metavar="N", help="that the node has for Ray (default: its own)")
+            action.add_argument("--gpus", type=int, metavar="N", help="the same")
+        if name == "status":
+            action.add_argument("--json", action="store_true", help="print one JSON document")
     text = "write a profile's cluster for KubeRay or for Ray's cluster launcher"
     manifest = actions.add_parser("manifest", help=text, description=f"{text[0].upper()}{text[1:]}.")
     manifest.add_argument("recipe", nargs="?", metavar="RECIPE", help="of a rayjob or a rayservice")

@@ -146,7 +146,7 @@ def main(profile: Profile) -> None:
                 if node["Alive"]:
                     where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                     task = ray.remote(num_cpus=0, scheduling_strategy=where)(_look)
-                    asked[node["NodeName"]] = task.remote(str(storage), seen.name, [])
+                    asked[node["NodeName"]] = task.remote(str(storage), seen.name, list(profile.secrets))
             print(
                 MARK + json.dumps({name: ray.get(told, timeout=WITHIN_S) for name, told in asked.items()}), flush=True
             )

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
 
 from cluster.session import free_ports
@@ -25,6 +24,7 @@ TOKEN = "5a" * 32
 class Cluster:
     """A head node of two CPUs that wants a token, and a directory of the user who has it."""
 
+    address: str
     dashboard: str
     directory: Path
     environment: dict[str, str]
@@ -33,7 +33,7 @@ class Cluster:
         """A profile file of this cluster, changed by `fields`."""
         document = {
             "name": name,
-            "address": "auto",
+            "address": self.address,
             "dashboard": self.dashboard,
             "auth_mode": "token",
             "storage": str(self.directory / "storage"),
@@ -61,42 +61,22 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("cluster")
-    port, dashboard, agent, metrics, client = free_ports(5)
+    port, dashboard = free_ports(2)
     variables = {
         **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
+        "HOME": str(directory),
         "RAY_AUTH_TOKEN": TOKEN,
+        # A path below pytest's would be too long for the name of a socket.
+        "RAY_TMPDIR": f"/tmp/helio-test-{port}",
     }
-    # A path below pytest's would be too long for the name of a socket.
-    command = [
-        str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}", "--num-cpus=2", "--num-gpus=0",
-        "--object-store-memory=200000000", "--include-dashboard=true", f"--temp-dir=/tmp/helio-test-{port}",
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{dashboard}"
-    with (directory / "ray.log").open("w") as log:
-        ray = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
-    try:
-        wait_until_up(url, ray)
-        yield Cluster(url, directory, variables)
-    finally:
-        ray.send_signal(signal.SIGTERM)
-        ray.wait(60)
-
-
-def wait_until_up(url: str, ray: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and ray.poll() is None:
-        try:
-            answer = requests.get(f"{url}/api/v0/nodes", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=5)
-            if answer.ok and answer.json()["data"]["result"]["result"]:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError("the cluster does not come up")
+    found = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", directory, variables)
+    up = found.helio("cluster", "up", "--profile", found.profile(), "--cpus", "2", "--gpus", "0")
+    assert up.returncode == 0, up.stderr
+    yield found
+    down = found.helio("cluster", "down", "--profile", found.profile())
+    assert down.returncode == 0, down.stderr
+    shutil.rmtree(variables["RAY_TMPDIR"], ignore_errors=True)
 
 
 def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster: Cluster) -> None:
@@ -152,6 +132,36 @@ def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluste
         one["job"]: one["state"] for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)
     }
     assert (states[job], states[f"{job}.2"]) == ("stopped", "succeeded")
+
+
+def test_another_node_joins_and_leaves(cluster: Cluster) -> None:
+    # A node's record is kept under the profile's name: under another one this machine is two nodes.
+    second = cluster.profile("second")
+    joined = cluster.helio("cluster", "join", "--profile", second, "--cpus", "1", "--gpus", "0")
+    assert joined.returncode == 0, joined.stderr
+    again = cluster.helio("cluster", "join", "--profile", second)
+    assert again.returncode == 2 and "is a worker node" in again.stderr
+    status = json.loads(cluster.helio("cluster", "status", "--profile", second, "--json").stdout)
+    assert sorted((node["is_head"], node["cpus"]) for node in status["nodes"]) == [(False, 1.0), (True, 2.0)]
+    assert status["here"] == "worker"
+    assert cluster.helio("cluster", "down", "--profile", second).returncode == 0
+    gone = cluster.helio("cluster", "down", "--profile", second)
+    assert gone.returncode == 2 and "no node of profile second" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"address": "auto"}, "address must be the head node's"),
+        ({"address": "0.0.0.0:6379", "auth_mode": "disabled"}, "set auth_mode: token"),
+        ({"dashboard": None}, "set dashboard: http://127.0.0.1:8265"),
+    ],
+)
+def test_a_cluster_that_cannot_be_started_is_told_in_one_line(
+    cluster: Cluster, fields: dict[str, object], words: str
+) -> None:
+    done = cluster.helio("cluster", "up", "--profile", cluster.profile("third", **fields))
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_a_profile_is_proven_on_every_node(cluster: Cluster) -> None:

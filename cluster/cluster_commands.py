@@ -1,0 +1,108 @@
+"""Commands about clusters, their jobs, and the runs in a storage: from the words of the command line to the rooms."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from cluster import catalog
+from cluster.errors import HelioError
+from cluster.parser import UNTIL
+
+if TYPE_CHECKING:
+    from cluster.output import Output
+    from cluster.profile import Profile
+
+JOBS = ("submit", "jobs", "status", "logs", "wait", "stop", "resubmit")
+"""Those that speak with the cluster of a profile."""
+
+
+def profile_of(arguments: argparse.Namespace) -> tuple["Profile | None", list[str]]:
+    """The profile where one is asked for, and the overrides that are not the profile's."""
+    from cluster.profile import load_profile
+
+    own = [o for o in arguments.overrides if o.startswith("profile.")]
+    rest = [o for o in arguments.overrides if not o.startswith("profile.")]
+    if arguments.profile is None and not own:
+        return None, rest
+    return load_profile(arguments.profile or "local", own), rest
+
+
+def check_profile(arguments: argparse.Namespace, output: "Output") -> int:
+    """`helio profile check`."""
+    from cluster.profile import load_profile
+
+    profile, others = profile_of(arguments)
+    if others:
+        raise HelioError(f"helio profile takes profile.key=value alone, got {others[0]}")
+    code: int = catalog.load("cluster.profile_check:check_command")(
+        profile or load_profile("local"), arguments.json, output
+    )
+    return code
+
+
+def job(arguments: argparse.Namespace, output: "Output") -> int:
+    """What is asked of a cluster's jobs."""
+    from cluster.profile import load_profile
+    from cluster.recipe import load_recipe
+
+    profile, overrides = profile_of(arguments)
+    profile = profile or load_profile("local")
+    if overrides and arguments.command != "submit":
+        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {overrides[0]}")
+    words: dict[str, tuple[Any, ...]] = {"jobs": (), "submit": ()}
+    if arguments.command == "submit":
+        recipe = load_recipe(arguments.recipe, overrides)
+        words["submit"] = (recipe, arguments.until, UNTIL[arguments.until][0])
+    place = words.get(arguments.command, (getattr(arguments, "job", None),))
+    more = [getattr(arguments, name) for name in ("follow", "timeout", "json") if hasattr(arguments, name)]
+    name = "list" if arguments.command == "jobs" else arguments.command
+    code: int = catalog.load(f"cluster.jobs_command:{name}_command")(profile, *place, *more, output)
+    return code
+
+
+def runs(arguments: argparse.Namespace, output: "Output") -> int:
+    """`helio runs`."""
+    from cluster.profile import load_profile
+
+    profile, names = profile_of(arguments)
+    storage = (profile or load_profile("local")).storage_path
+    options: tuple[Any, ...] = ()
+    if arguments.action == "list":
+        options = (arguments.limit,)
+    elif arguments.action == "prune":
+        options = (arguments.older_than, arguments.keep, arguments.registered, arguments.yes)
+    command = catalog.load(f"jobs.runs.commands:{arguments.action}_command")
+    code: int = command(names, storage, *options, arguments.json, output)
+    return code
+
+
+def cluster(arguments: argparse.Namespace, output: "Output") -> int:
+    """`helio cluster`."""
+    if arguments.action == "manifest":
+        return _manifest(arguments, output)
+    profile, others = profile_of(arguments)
+    if others:
+        raise HelioError(f"helio cluster {arguments.action} takes profile.key=value alone, got {others[0]}")
+    more = [getattr(arguments, name) for name in ("cpus", "gpus", "json") if hasattr(arguments, name)]
+    code: int = catalog.load(f"cluster.machine:{arguments.action}_command")(profile, *more, output)
+    return code
+
+
+def _manifest(arguments: argparse.Namespace, output: "Output") -> int:
+    from cluster.recipe import load_recipe
+
+    # An override may stand where the recipe would.
+    if arguments.recipe and "=" in arguments.recipe:
+        arguments.overrides.insert(0, arguments.recipe)
+        arguments.recipe = None
+    profile, overrides = profile_of(arguments)
+    if overrides and not arguments.recipe and "=" not in overrides[0]:
+        # argparse takes what stands behind an option for an override.
+        arguments.recipe = overrides.pop(0)
+    if profile is None:
+        raise HelioError("helio cluster manifest needs --profile: a file that describes the cluster")
+    if overrides and not arguments.recipe:
+        raise HelioError(f"{overrides[0]} is an override of a recipe: name the recipe, too")
+    recipe = load_recipe(arguments.recipe, overrides) if arguments.recipe else None
+    command = catalog.load("cluster.manifest:manifest_command")
+    code: int = command(profile, arguments.kind, recipe, arguments.output, output)
+    return code
