@@ -23,10 +23,11 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_profile_in_the_readme_is_valid() -> None:
-    text = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)[0]
-    profile = validate(Profile, yaml.safe_load(text), Document("README.md", {}))
-    assert profile.needs()["pretrain"][1] == 8
+def test_the_profiles_in_the_readme_are_valid() -> None:
+    texts = re.findall(r"^```yaml\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    profiles = [validate(Profile, yaml.safe_load(text), Document("README.md", {})) for text in texts]
+    assert [profile.name for profile in profiles] == ["lab", "lab", "fleet"]
+    assert profiles[0].needs()["pretrain"][1] == 8
 
 
 def test_files_that_the_readme_links_exist() -> None:
