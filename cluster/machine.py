@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from cluster.dashboard import TOKEN_FILE, Dashboard, is_loopback
 from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.run import write_json
-from cluster.session import session_environment
+from cluster.session import free_ports, session_environment
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 UP_WITHIN_S = 90.0
 DOWN_WITHIN_S = 60.0
 POLL_S = 0.2
+AGENT_PORT = 52365
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,9 @@ def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus
     path = _path(profile)
     path.parent.mkdir(parents=True, exist_ok=True)
     log = path.with_suffix(".log")
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *words, *counts]
+    ray = str(Path(sys.executable).with_name("ray"))
+    agent = f"--dashboard-agent-listen-port={_agent_port()}"
+    command = [ray, "start", "--block", "--disable-usage-stats", agent, *words, *counts]
     environment = {**os.environ, **session_environment(profile)}
     environment.pop("RAY_ADDRESS", None)
     with log.open("w") as file:
@@ -136,6 +140,17 @@ def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus
             path.unlink(missing_ok=True)
             raise HelioError(f"the {role} node did not come up ({_last_line(log)}): see {log}")
         time.sleep(POLL_S)
+
+
+def _agent_port() -> int:
+    """Ray's usual one, unless another Ray of this machine has it: an agent without its port takes no jobs."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", AGENT_PORT))
+        except OSError:
+            return free_ports(1)[0]
+    return AGENT_PORT
 
 
 def _last_line(log: Path) -> str:
