@@ -108,7 +108,7 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
 def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluster) -> None:
     profile = cluster.profile()
     began = time.monotonic()
-    words = ("--until", "pretrain", "pretrain.epochs=3")
+    words = ("--until", "pretrain", "pretrain.epochs=1")
     submitted = cluster.helio("submit", "quickstart", "--profile", profile, "--json", *words)
     print(f"helio submit: {time.monotonic() - began:.1f} s")
     job = json.loads(submitted.stdout)["job"]

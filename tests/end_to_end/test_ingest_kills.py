@@ -21,9 +21,9 @@ HELIO = str(Path(sys.executable).with_name("helio"))
 
 @pytest.fixture
 def noise(tmp_path: Path) -> Path:
-    """8,000 files, some of them broken, some of them twice."""
+    """4,000 files, some of them broken, some of them twice."""
     generator = np.random.default_rng(0)
-    for number in range(8000):
+    for number in range(4000):
         path = tmp_path / "noise" / str(number % 4) / f"{number:05}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         encoded = cv2.imencode(".png", generator.integers(0, 256, (12, 12, 3), dtype=np.uint8))[1].tobytes()

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import MakeRun, carry_out
 
 HELIO = str(Path(sys.executable).with_name("helio"))
-EPOCHS = 8
+EPOCHS = 6
 SETTINGS = (
     "model.width=8",
     f"pretrain.epochs={EPOCHS}",

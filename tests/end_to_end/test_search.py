@@ -14,7 +14,7 @@ from tuning.config import TuneConfig
 from tuning.storage import find_study
 
 HELIO = str(Path(sys.executable).with_name("helio"))
-TRIALS = 9
+TRIALS = 7
 SETTINGS = (
     "tune.checkpoint=scratch",
     "tune.space={learning_rate: {low: 1e-3, high: 3e-2, log: true}, model: {width: {choices: [8, 16]}}}",
