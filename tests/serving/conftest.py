@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ class Direct:
 
     def predict_encoded(self, images: Sequence[bytes]) -> NDArray[np.float32]:
         return self._loaded.predict_encoded(images)[0]
+
+
+@contextmanager
+def triton_client(library: Any, place: str) -> Iterator[Any]:
+    """The client that `tritonclient.http` or `tritonclient.grpc` has, of `HOST:PORT`."""
+    with library.InferenceServerClient(place) as client:
+        yield client
+    # A client is closed again when it is collected, and gevent minds in which thread that happens.
+    client.close = lambda: None
 
 
 @pytest.fixture(scope="package")

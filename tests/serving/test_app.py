@@ -21,7 +21,7 @@ from jobs.registry import ModelVersion
 from serving.client import Client
 from serving.config import APPLICATION
 from serving.gate import LEAST_GRPC_BYTES
-from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture
+from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture, triton_client
 
 
 def post(url: str, **arguments: Any) -> requests.Response:
@@ -112,7 +112,7 @@ def test_triton_clients_curl_and_ours_get_the_same_numbers(url: str, deployed: D
         (tritonclient.http, url.removeprefix("http://")),
         (tritonclient.grpc, f"{address}:{deployed.config.grpc_port}"),
     ):
-        with library.InferenceServerClient(place) as client:
+        with triton_client(library, place) as client:
             assert client.is_server_ready() and client.is_model_ready("tiny")
             sent = library.InferInput("image", [2], "BYTES")
             sent.set_data_from_numpy(np.array([image, picture(8)], np.object_))

@@ -39,7 +39,7 @@ from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms
 from serving.rollout.state import Version
 from serving.served import Served
-from tests.serving.conftest import BIRD_SIZE, BIRDS, CLASSES, Deployed, picture
+from tests.serving.conftest import BIRD_SIZE, BIRDS, CLASSES, Deployed, picture, triton_client
 from tests.serving.test_answering import OLD, MadeVersion, Model, at, directory, fail
 from tests.serving.test_predict_command import helio_predict
 
@@ -358,7 +358,7 @@ def test_every_way_to_ask_reaches_the_other_model(url: str, birds: Any, deployed
     place = url.removeprefix("http://")
     address = f"{place.split(':')[0]}:{deployed.config.grpc_port}"
     for library, at_place in ((tritonclient.http, place), (tritonclient.grpc, address)):
-        with library.InferenceServerClient(at_place) as asker:
+        with triton_client(library, at_place) as asker:
             assert asker.is_model_ready("birds")
             sent = library.InferInput("image", [1], "BYTES")
             sent.set_data_from_numpy(np.array([IMAGE], np.object_))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from jobs.data.decode import DecodeError, decode_to_size
 from serving import open_inference, open_inference_grpc, open_inference_pb2
 from serving.open_inference_tensors import Answers, Pixels
 from serving.upload import Refusal
-from tests.serving.conftest import CLASSES, IMAGE_SIZE, picture
+from tests.serving.conftest import CLASSES, IMAGE_SIZE, picture, triton_client
 
 SCHEMA = Path(__file__).resolve().parents[3] / "shared" / "schemas" / "open_inference_rest.yaml"
 DIMENSION = 3
@@ -153,24 +152,15 @@ def servers() -> Iterator[Servers]:
     loop.close()
 
 
-@contextmanager
-def triton(library: Any, servers: Servers) -> Iterator[Any]:
-    """Triton's client of one of the two protocols."""
-    with library.InferenceServerClient(servers.http if library is tritonclient.http else servers.grpc) as client:
-        yield client
-    # A client is closed again when it is collected, and gevent minds in which thread that happens.
-    client.close = lambda: None
-
-
 @pytest.fixture
 def http(servers: Servers) -> Iterator[Any]:
-    with triton(tritonclient.http, servers) as client:
+    with triton_client(tritonclient.http, servers.http) as client:
         yield client
 
 
 @pytest.fixture
 def grpc_client(servers: Servers) -> Iterator[Any]:
-    with triton(tritonclient.grpc, servers) as client:
+    with triton_client(tritonclient.grpc, servers.grpc) as client:
         yield client
 
 
@@ -206,7 +196,7 @@ def triton_http(images: bool, raw: bool) -> Ask:
         kind = tritonclient.http.InferInput
         inputs = filled(kind, *(("image", "BYTES") if images else ("pixels", "UINT8")), data, binary_data=raw)
         outputs = [tritonclient.http.InferRequestedOutput(name, binary_data=raw) for name in EXPECTED]
-        with triton(tritonclient.http, servers) as client:
+        with triton_client(tritonclient.http, servers.http) as client:
             return numpy_outputs(client.infer("tiny", inputs, outputs=outputs))
 
     return ask
@@ -217,7 +207,7 @@ def triton_grpc(images: bool) -> Ask:
         data = as_bytes(PICTURES[:count]).reshape(count, 1) if images else PIXELS[:count]
         kind = tritonclient.grpc.InferInput
         inputs = filled(kind, *(("image", "BYTES") if images else ("pixels", "UINT8")), data)
-        with triton(tritonclient.grpc, servers) as client:
+        with triton_client(tritonclient.grpc, servers.grpc) as client:
             return numpy_outputs(client.infer("tiny", inputs, model_version="7"))
 
     return ask
@@ -315,7 +305,8 @@ def test_a_request_names_its_outputs_and_has_its_id_back(servers: Servers, libra
         library.InferRequestedOutput("label"),
         library.InferRequestedOutput("probabilities", class_count=2),
     ]
-    with triton(library, servers) as client:
+    place = servers.http if library is tritonclient.http else servers.grpc
+    with triton_client(library, place) as client:
         inputs = filled(library.InferInput, "image", "BYTES", as_bytes(PICTURES[:3]))
         result = client.infer("tiny", inputs, outputs=outputs, request_id="mine")
     assert result.as_numpy("embedding") is None
