@@ -138,7 +138,7 @@ def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus
         if process.poll() is not None or time.monotonic() > deadline:
             process.terminate()
             path.unlink(missing_ok=True)
-            raise HelioError(f"the {role} node did not come up ({_last_line(log)}): see {log}")
+            raise HelioError(f"the {role} node did not come up ({_reason(log)}): see {log}")
         time.sleep(POLL_S)
 
 
@@ -153,9 +153,10 @@ def _agent_port() -> int:
     return AGENT_PORT
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or ["it said nothing"])[-1]
 
 
 def _make_token(output: "Output") -> None:
