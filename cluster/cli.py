@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster import catalog, cluster_commands
-from cluster.cluster_commands import profile_of
+from cluster.cluster_commands import profile_alone, profile_of
 from cluster.errors import HelioError
 from cluster.parser import UNTIL, build_parser
 
@@ -200,12 +200,7 @@ def _rollout(arguments: argparse.Namespace, output: "Output") -> int:
 
 
 def _look_at_endpoint(arguments: argparse.Namespace, output: "Output") -> int:
-    from cluster.profile import load_profile
-
-    profile, others = profile_of(arguments)
-    if others:
-        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {others[0]}")
-    storage, code = (profile or load_profile("local")).storage_path, 0
+    storage, code = profile_alone(arguments, arguments.command).storage_path, 0
     if arguments.command == "trace":
         code = catalog.load("serving.records.trace:trace_command")(
             arguments.request_id, storage, arguments.json, output

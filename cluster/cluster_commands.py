@@ -26,33 +26,35 @@ def profile_of(arguments: argparse.Namespace) -> tuple["Profile | None", list[st
     return load_profile(arguments.profile or "local", own), rest
 
 
-def check_profile(arguments: argparse.Namespace, output: "Output") -> int:
-    """`helio profile check`."""
+def profile_alone(arguments: argparse.Namespace, command: str) -> "Profile":
+    """The profile, `local` where none is asked for. Raises HelioError for overrides of anything else."""
     from cluster.profile import load_profile
 
     profile, others = profile_of(arguments)
     if others:
-        raise HelioError(f"helio profile takes profile.key=value alone, got {others[0]}")
-    code: int = catalog.load("cluster.profile_check:check_command")(
-        profile or load_profile("local"), arguments.json, output
-    )
+        raise HelioError(f"helio {command} takes profile.key=value alone, got {others[0]}")
+    return profile or load_profile("local")
+
+
+def check_profile(arguments: argparse.Namespace, output: "Output") -> int:
+    """`helio profile check`."""
+    profile = profile_alone(arguments, "profile")
+    code: int = catalog.load("cluster.profile_check:check_command")(profile, arguments.json, output)
     return code
 
 
 def job(arguments: argparse.Namespace, output: "Output") -> int:
     """What is asked of a cluster's jobs."""
-    from cluster.profile import load_profile
-    from cluster.recipe import load_recipe
-
-    profile, overrides = profile_of(arguments)
-    profile = profile or load_profile("local")
-    if overrides and arguments.command != "submit":
-        raise HelioError(f"helio {arguments.command} takes profile.key=value alone, got {overrides[0]}")
-    words: dict[str, tuple[Any, ...]] = {"jobs": (), "submit": ()}
+    place: tuple[Any, ...]
     if arguments.command == "submit":
-        recipe = load_recipe(arguments.recipe, overrides)
-        words["submit"] = (recipe, arguments.until, UNTIL[arguments.until][0])
-    place = words.get(arguments.command, (getattr(arguments, "job", None),))
+        from cluster.recipe import load_recipe
+
+        # The parser wants a profile.
+        profile, overrides = profile_of(arguments)
+        place = (load_recipe(arguments.recipe, overrides), arguments.until, UNTIL[arguments.until][0])
+    else:
+        profile = profile_alone(arguments, arguments.command)
+        place = (arguments.job,) if hasattr(arguments, "job") else ()
     more = [getattr(arguments, name) for name in ("follow", "timeout", "json") if hasattr(arguments, name)]
     name = "list" if arguments.command == "jobs" else arguments.command
     code: int = catalog.load(f"cluster.jobs_command:{name}_command")(profile, *place, *more, output)
@@ -79,9 +81,7 @@ def cluster(arguments: argparse.Namespace, output: "Output") -> int:
     """`helio cluster`."""
     if arguments.action == "manifest":
         return _manifest(arguments, output)
-    profile, others = profile_of(arguments)
-    if others:
-        raise HelioError(f"helio cluster {arguments.action} takes profile.key=value alone, got {others[0]}")
+    profile = profile_alone(arguments, f"cluster {arguments.action}")
     more = [getattr(arguments, name) for name in ("cpus", "gpus", "json") if hasattr(arguments, name)]
     code: int = catalog.load(f"cluster.machine:{arguments.action}_command")(profile, *more, output)
     return code

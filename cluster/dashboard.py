@@ -105,7 +105,7 @@ class Dashboard:
             )
         if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
             return token
-        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+        path = token_path()
         try:
             token = path.read_text().strip()
         except OSError as error:
@@ -157,6 +157,11 @@ def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     check_capacity(profile, kinds, cpus, gpus, f"the cluster of {len(nodes)} nodes")
     check_nodes(profile, kinds, [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes])
+
+
+def token_path() -> Path:
+    """The file where Ray looks for its token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
 
 
 def is_loopback(host: str) -> bool:

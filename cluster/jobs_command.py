@@ -116,7 +116,7 @@ def stop_command(profile: Profile, job: str, output: "Output") -> int:
 
 
 def _document(job: "JobDetails") -> dict[str, Any]:
-    ended = job.status.value in submission.ENDED
+    ended = job.status.is_terminal()
     return {
         "job": job.submission_id,
         "run": submission.run_of(job),

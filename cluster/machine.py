@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from cluster.dashboard import TOKEN_FILE, Dashboard, is_loopback
+from cluster.dashboard import Dashboard, is_loopback, token_path
 from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.run import write_json
@@ -161,7 +161,7 @@ def _reason(log: Path) -> str:
 
 def _make_token(output: "Output") -> None:
     """Ray's token file, unless there is a token already."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+    path = token_path()
     if os.environ.get("RAY_AUTH_TOKEN") or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from cluster.code import ROOMS, ROOT
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 
-ROOMS = ("cluster", "jobs", "tuning", "serving")
 RECIPE, PROFILE = "recipe.yaml", "profile.yaml"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file: the same contents are the same package, which a cluster then has already."""
@@ -19,12 +19,11 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 def write_package(path: Path, recipe: Recipe | None, profile: Profile) -> int:
     """Write the zip file; returns its bytes. Without a recipe it is for a run that has its own."""
-    root = Path(__file__).resolve().parent.parent
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as package:
         for room in ROOMS:
-            for file in sorted((root / room).rglob("*")):
+            for file in sorted((ROOT / room).rglob("*")):
                 if file.is_file() and "__pycache__" not in file.parts:
-                    _add(package, str(file.relative_to(root)), file.read_bytes())
+                    _add(package, str(file.relative_to(ROOT)), file.read_bytes())
         if recipe is not None:
             _add(package, RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
         there = {**profile.model_dump(exclude_unset=True), "address": "auto", "storage": str(profile.storage_path)}

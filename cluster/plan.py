@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster import catalog
@@ -52,15 +53,22 @@ def check(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> 
             catalog.load(stage.check)(recipe, profile)
 
 
+def write_fault(storage: Path) -> str | None:
+    """Why nothing can be written to a storage directory, which is made where there is none; None where it can."""
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=storage).close()
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def preflight(recipe: Recipe, profile: Profile, stages: Sequence[catalog.Stage]) -> None:
     """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
     check(recipe, profile, stages)
     check_capacity_here(profile, kinds_of(stages))
-    try:
-        profile.storage_path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=profile.storage_path).close()
-    except OSError as error:
-        raise HelioError(f"profile.storage {profile.storage!r} cannot be written: {error.strerror}") from None
+    if fault := write_fault(profile.storage_path):
+        raise HelioError(f"profile.storage {profile.storage!r} cannot be written: {fault}")
     for stage in stages:
         if stage.preflight is not None:
             catalog.load(stage.preflight)(recipe, profile)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import submission
 from cluster.dashboard import Dashboard, check_room
 from cluster.errors import HelioError
-from cluster.plan import NEED_OF_STAGE
+from cluster.plan import NEED_OF_STAGE, write_fault
 from cluster.profile import Profile, load_profile
 from cluster.run import package_versions
 from cluster.session import check_capacity_here, ray_session
@@ -98,12 +98,8 @@ def _tried(what: str, check: Callable[[], None]) -> Check:
 
 def storage_fault(storage: Path) -> str | None:
     """Why nothing can be written to a storage directory, or None."""
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=storage).close()
-    except OSError as error:
-        return f"it cannot be written ({error.strerror}): mend its rights, or set storage"
-    return None
+    fault = write_fault(storage)
+    return f"it cannot be written ({fault}): mend its rights, or set storage" if fault else None
 
 
 def _ask_nodes(dashboard: Dashboard, profile: Profile) -> dict[str, Any]:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 STOP_S = 120
 """What a job that is stopped has to end in order: it writes a checkpoint first."""
 POLL_S = 0.5
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 INTERRUPTED = 130
 """Exit code of a job that was stopped, as of a command that was."""
 
@@ -54,25 +53,24 @@ def submit(dashboard: Dashboard, profile: Profile, recipe: Recipe, command: str,
     check_room(profile, kinds_of(stages), dashboard.nodes())
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run = f"{recipe.name}-{stamp}-{secrets.token_hex(2)}"
-    words = [command, RECIPE, "--profile", PROFILE, "--name", run]
-    if command == "run":
-        words.append("--keep-serving")
-    return _send(dashboard, profile, recipe, run, run, words)
+    return _send(dashboard, profile, recipe, run, run, _words(command, RECIPE, "--name", run))
 
 
 def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
     """Go on with the run of a job that has ended, from its last finished stage."""
     _check(profile)
     details = find(dashboard, job)
-    if details.status.value not in ENDED:
+    if not details.status.is_terminal():
         raise HelioError(f"job {job} is {details.status.value.lower()}: `helio stop {job}` first, or wait for its end")
     run = run_of(details)
     again = sum(run_of(other) == run for other in every(dashboard)) + 1
     command = (details.metadata or {})["helio_command"]
-    words = [command, "--resume", run, "--profile", PROFILE]
-    if command == "run":
-        words.append("--keep-serving")
-    return _send(dashboard, profile, None, run, f"{run}.{again}", words)
+    return _send(dashboard, profile, None, run, f"{run}.{again}", _words(command, "--resume", run))
+
+
+def _words(command: str, *own: str) -> list[str]:
+    """Of `helio COMMAND`, as the cluster does it."""
+    return [command, *own, "--profile", PROFILE, *(["--keep-serving"] if command == "run" else [])]
 
 
 def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) -> str:
@@ -138,7 +136,7 @@ def run_of(job: "JobDetails") -> str:
 
 def stop(dashboard: Dashboard, job: str) -> None:
     """Let a job end in order, and wait for that. Nothing is done to one that has ended."""
-    if find(dashboard, job).status.value not in ENDED:
+    if not find(dashboard, job).status.is_terminal():
         _asked(dashboard, lambda: dashboard.jobs.stop_job(job))
         wait(dashboard, job)
 
@@ -146,7 +144,7 @@ def stop(dashboard: Dashboard, job: str) -> None:
 def wait(dashboard: Dashboard, job: str, within_s: float = float("inf")) -> int:
     """The exit code of a job once it has ended. Raises HelioError when that takes longer than `within_s`."""
     deadline, details = time.monotonic() + within_s, find(dashboard, job)
-    while details.status.value not in ENDED:
+    while not details.status.is_terminal():
         if time.monotonic() > deadline:
             raise HelioError(f"job {job} has not ended within {within_s:g} s: it goes on")
         time.sleep(POLL_S)

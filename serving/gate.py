@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -59,11 +59,12 @@ class RequestGate:
         if scope["type"] != "http" or scope["path"] in SERVES_OWN_PATHS:
             await self._app(scope, receive, send)
             return
-        _set_own_headers(scope)
+        sent = dict(scope["headers"])
+        _set_own_headers(scope, sent)
         body: list[bytes] = []
         try:
             cycle = _cycle_of(send)
-            await self._take_in(scope, receive, body, has_arrived=cycle is not None and not cycle.more_body)
+            await self._take_in(sent, receive, body, has_arrived=cycle is not None and not cycle.more_body)
             # A HEAD has no second write.
             if cycle is not None and scope["method"] != "HEAD":
                 cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
@@ -77,9 +78,9 @@ class RequestGate:
         finally:
             self._let_go(body)
 
-    async def _take_in(self, scope: Scope, receive: Receive, body: list[bytes], has_arrived: bool) -> None:
+    async def _take_in(self, sent: dict[bytes, bytes], receive: Receive, body: list[bytes], has_arrived: bool) -> None:
         """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""
-        declared = dict(scope["headers"]).get(b"content-length", b"")
+        declared = sent.get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self._max_bytes:
             raise self._too_large()
         try:
@@ -120,15 +121,24 @@ def _overloaded() -> Refusal:
     return Refusal(503, "overloaded", text, retry_after_s=1)
 
 
-def _set_own_headers(scope: Scope) -> None:
-    sent = dict(scope["headers"]).get(b"x-request-id", b"")
-    request_id = sent if REQUEST_ID.fullmatch(sent) else new_request_id().encode()
+def _set_own_headers(scope: Scope, sent: dict[bytes, bytes]) -> None:
+    given = sent.get(b"x-request-id", b"")
+    request_id = given if REQUEST_ID.fullmatch(given) else new_request_id().encode()
     scope["headers"] = [
         *[header for header in scope["headers"] if header[0].replace(b"-", b"_") not in SERVES_OWN_HEADERS],
         (b"x-request-id", request_id),
         # Serve would watch each connection with a task of its own; who has gone is noticed when it is written to.
         (b"x-request-disconnect-disabled", b"?1"),
     ]
+
+
+class GatedRequest(Request):
+    """One whose body the gate has read, as a rule."""
+
+    async def body(self) -> bytes:
+        """See Starlette."""
+        body: bytes | None = self.scope.get(BODY)
+        return await super().body() if body is None else body
 
 
 def _cycle_of(send: Send) -> RequestResponseCycle | None:
