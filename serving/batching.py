@@ -206,9 +206,10 @@ class Batcher:
                     self._changed.wait()
                 if not self._waiting:
                     return []
-                while not callable(self._waiting[0].work) and (left := self._patience_s()) > 0:
+                # While this thread waits, the event loop may take all that there is.
+                if not callable(self._waiting[0].work) and (left := self._patience_s()) > 0:
                     self._changed.wait(left)
-                if items := self._first():
+                elif items := self._first():
                     return items
 
     def _patience_s(self) -> float:

@@ -190,6 +190,32 @@ def test_while_another_model_has_the_turn_the_event_loop_goes_on() -> None:
     assert model.threads and threading.get_ident() not in model.threads
 
 
+def test_the_event_loop_may_take_what_the_thread_waits_for_company_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.batching.PATIENCE", 30)
+    model = NotedModel(0.01)
+    batcher = Batcher(model.run, (2, 2, 3), 4)
+    batcher.in_loop = True
+    ask_at_once(batcher, [1, 2])
+    model.sizes.clear()
+
+    async def ask() -> None:
+        # As a roll-out begins, ends, and another begins.
+        batcher.in_loop = False
+        first = asyncio.ensure_future(batcher.ask(image(3)))
+        await asyncio.sleep(0.1)
+        assert not first.done()
+        batcher.in_loop = True
+        await asyncio.gather(first, batcher.ask(image(4)))
+        # Until the thread has looked again.
+        await asyncio.sleep(0.6)
+        batcher.in_loop = False
+        await asyncio.wait_for(asyncio.gather(batcher.ask(image(5)), batcher.ask(image(6))), 10)
+
+    asyncio.run(ask())
+    batcher.close()
+    assert model.sizes == [2, 2]
+
+
 def test_those_who_were_answered_together_are_awaited_together(
     monkeypatch: pytest.MonkeyPatch, model: HeldModel, batcher: Batcher
 ) -> None:
