@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,22 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     (arguments.files if arguments.command == "predict" else arguments.overrides).extend(rest)
-    from cluster.output import Output
+    from cluster.output import ended
 
-    output = Output()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return _dispatch(arguments, output)
-    except HelioError as error:
-        print(f"helio: {error}".replace("\n", " "), file=output.messages)
-        return 2
-    except KeyboardInterrupt:
-        print("helio: interrupted", file=output.messages)
-        return 130
-    except BrokenPipeError:
-        # The reader of our output has gone, as in `helio recipes | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return ended(lambda output: _dispatch(arguments, output))
 
 
 def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
@@ -270,7 +255,7 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         return 0
     stages = stages_until(recipe, until)
     if arguments.resume:
-        stages = [stage for stage in stages if stage.repeats or run.result(stage.name) is None]
+        stages = run.remaining(stages)
     preflight(recipe, profile, stages)
     if not arguments.resume:
         run = create_run(recipe, profile, progress, arguments.name)

@@ -76,11 +76,7 @@ class Dashboard:
     @cached_property
     def jobs(self) -> "JobSubmissionClient":
         """Ray's own client of it."""
-        from ray.job_submission import JobSubmissionClient
-
-        # What is uploaded is told by helio, in its own words.
-        logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
-        return JobSubmissionClient(self.address, headers=dict(self._headers))
+        return _quiet_client(self.address, headers=dict(self._headers))
 
     def nodes(self) -> list[Node]:
         """Those that are up."""
@@ -143,6 +139,25 @@ class Dashboard:
                 f"profile {self._name}: the cluster runs Ray {theirs}, this helio Ray {ours}: install the same on both "
                 "(constraints.txt has the version)"
             )
+
+
+class OwnDashboard:
+    """The dashboard of the cluster that this process is a part of."""
+
+    address = "this cluster"
+
+    @cached_property
+    def jobs(self) -> "JobSubmissionClient":
+        """Ray's own client of it, which has address and token from the environment of a job."""
+        return _quiet_client(None)
+
+
+def _quiet_client(address: str | None, **options: Any) -> "JobSubmissionClient":
+    from ray.job_submission import JobSubmissionClient
+
+    # What is uploaded is told by helio, in its own words.
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    return JobSubmissionClient(address, **options)
 
 
 def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:

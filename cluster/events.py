@@ -1,4 +1,4 @@
-"""Events from workers and trials to the driver, through one small Ray actor."""
+"""Events from workers and trials to the driver, through one small Ray actor, and one wish the other way."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +17,16 @@ class EventQueue:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._is_over = False
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Event) -> bool:
+        """Whether the driver wants what it listens to to end in order."""
         self._events.append(event)
+        return self._is_over
+
+    def end(self) -> None:
+        """Let all who put events from now on know that they are to end."""
+        self._is_over = True
 
     def drain(self) -> list[Event]:
         """All events since the last call, in order of arrival."""

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cluster import submission
@@ -10,6 +11,7 @@ from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG
+from cluster.tables import table_text
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -54,29 +56,37 @@ def _follow(dashboard: Dashboard, job: str, output: "Output") -> int:
 
 
 def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
-    """One line for each job."""
-    jobs = [_document(job) for job in submission.every(Dashboard(profile))]
+    """One line for the job of each run, with the stage that it is at."""
+    known = submission.every(Dashboard(profile))
+    jobs = [_document(job, known) for job in known if not submission.stage_of(job)]
     if as_json:
         print(json.dumps(jobs, indent=2), file=output.results)
-        return 0
-    if not jobs:
+    elif not jobs:
         print("helio: the cluster has no job of helio yet", file=output.messages)
-        return 0
-    width = max(len(job["job"]) for job in jobs)
-    for job in jobs:
-        print(f"{job['job']:{width}}  {job['state']:9}  {job['started'] or '':20}  {_took(job)}", file=output.results)
+    else:
+        head = ["job", "state", "stage", "priority", "started", "took"]
+        rows = [
+            [job["job"], job["state"], _at(job), job["priority"] or "", job["started"] or "", _took(job)]
+            for job in jobs
+        ]
+        print(table_text([head, *rows], numeric=(3, 5)), file=output.results)
     return 0
 
 
 def status_command(profile: Profile, job: str, as_json: bool, output: "Output") -> int:
-    """One job."""
-    found = _document(submission.find(Dashboard(profile), job))
+    """One job, and those of its stages."""
+    dashboard = Dashboard(profile)
+    found = _document(submission.find(dashboard, job), submission.every(dashboard))
     if as_json:
         print(json.dumps(found, indent=2), file=output.results)
-    else:
-        for key, value in found.items():
-            if value is not None:
-                print(f"{key:10} {value}", file=output.results)
+        return 0
+    stages = found.pop("stages")
+    for key, value in found.items():
+        if value is not None:
+            print(f"{key:10} {value}", file=output.results)
+    if stages:
+        rows = [[one["job"], one["state"], one["started"] or "", _took(one)] for one in stages]
+        print(f"\n{table_text([['stage', 'state', 'started', 'took'], *rows], numeric=(3,))}", file=output.results)
     return 0
 
 
@@ -115,19 +125,39 @@ def stop_command(profile: Profile, job: str, output: "Output") -> int:
     return 0
 
 
-def _document(job: "JobDetails") -> dict[str, Any]:
-    ended = job.status.is_terminal()
+def _document(job: "JobDetails", known: Sequence["JobDetails"]) -> dict[str, Any]:
+    """What is told of a job; `known` are all."""
+    metadata, run = job.metadata or {}, submission.run_of(job)
+    stages = [one for one in reversed(known) if submission.stage_of(one) and submission.run_of(one) == run]
     return {
         "job": job.submission_id,
-        "run": submission.run_of(job),
-        "state": job.status.value.lower(),
-        "started": _time(job.start_time),
-        "ended": _time(job.end_time) if ended else None,
-        "exit_code": submission.exit_code(job) if ended else None,
+        "run": run,
+        **_state(job),
+        "exit_code": submission.exit_code(job) if job.status.is_terminal() else None,
         "message": job.message,
         "command": job.entrypoint.removeprefix("exec "),
-        "storage": (job.metadata or {})["helio_storage"],
+        "priority": metadata.get(submission.PRIORITY),
+        "storage": metadata[submission.STORAGE],
+        "stages": []
+        if submission.stage_of(job)
+        else [{"job": one.submission_id, "stage": submission.stage_of(one), **_state(one)} for one in stages],
     }
+
+
+def _state(job: "JobDetails") -> dict[str, Any]:
+    return {
+        "state": job.status.value.lower(),
+        "started": _time(job.start_time),
+        "ended": _time(job.end_time) if job.status.is_terminal() else None,
+    }
+
+
+def _at(job: dict[str, Any]) -> str:
+    """The stage that a run's job is at, or has come to."""
+    last = job["stages"][-1] if job["stages"] else None
+    if job["ended"] is None and (last is None or last["ended"] is not None):
+        return "waits"
+    return last["stage"] if last else ""
 
 
 def _time(milliseconds: int | None) -> str | None:

@@ -3,10 +3,34 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+from cluster.errors import HelioError
+
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted, and of a job that was stopped."""
+
+
+def ended(work: "Callable[[Output], int]") -> int:
+    """The exit code of a command that does `work`: 2 where the user can mend what is wrong, INTERRUPTED by Ctrl-C."""
+    output = Output()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return work(output)
+    except HelioError as error:
+        print(f"helio: {error}".replace("\n", " "), file=output.messages)
+        return 2
+    except KeyboardInterrupt:
+        print("helio: interrupted", file=output.messages)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `helio recipes | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 class Output:

@@ -32,6 +32,11 @@ def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
     return [stage for stage in catalog.STAGES[: names.index(until) + 1] if stage.name not in left_out]
 
 
+def need_of(profile: Profile, stage: catalog.Stage) -> tuple[float, float]:
+    """(CPUs, GPUs) that a stage asks of the cluster."""
+    return profile.needs()[NEED_OF_STAGE[stage.name]]
+
+
 def kinds_of(stages: Iterable[catalog.Stage]) -> list[str]:
     """The kinds of resource need of these stages."""
     return list(dict.fromkeys(NEED_OF_STAGE[stage.name] for stage in stages))
@@ -76,10 +81,9 @@ def preflight(recipe: Recipe, profile: Profile, stages: Sequence[catalog.Stage])
 
 def plan(recipe: Recipe, profile: Profile, until: str) -> dict[str, Any]:
     """The resolved recipe and profile and each stage with the CPUs and GPUs that it asks for."""
-    needs = profile.needs()
     stages = []
     for stage in stages_until(recipe, until):
-        cpus, gpus = needs[NEED_OF_STAGE[stage.name]]
+        cpus, gpus = need_of(profile, stage)
         stages.append({"stage": stage.name, "title": stage.title, "cpus": cpus, "gpus": gpus})
     return {
         "stages": stages,

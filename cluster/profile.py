@@ -111,6 +111,31 @@ class ReplicaResources(Section):
     threads: int = Field(default=1, ge=1)
 
 
+class QueueSettings(Section):
+    """How the runs of a profile share a cluster with others, where they are submitted to it."""
+
+    priority: int = 0
+    """Of two stages that wait, the one with the higher number begins; one that goes on stops for it where there is no
+    other room. Pre-training takes a checkpoint first."""
+    team: str = Field(default="", max_length=60)
+    """Whose quota it is; whoever names no team is in one without a name."""
+    max_cpus: float | None = Field(default=None, gt=0)
+    """CPUs that the stages of all runs of the team may ask for together; none: no limit."""
+    max_gpus: float | None = Field(default=None, ge=0)
+    """The same of GPUs."""
+
+
+class StageRetries(Section):
+    """How often a stage of a submitted run is begun again after it has died, from where it was."""
+
+    ingest: int = Field(default=1, ge=0)
+    pretrain: int = Field(default=1, ge=0)
+    tune: int = Field(default=1, ge=0)
+    baseline: int = Field(default=1, ge=0)
+    export: int = Field(default=1, ge=0)
+    deploy: int = Field(default=1, ge=0)
+
+
 class TlsFiles(Section):
     """A certificate for the endpoint and its key, PEM files on the node that takes the requests."""
 
@@ -152,6 +177,8 @@ class Profile(Section):
     data: DataResources = DataResources()
     trials: TrialResources = TrialResources()
     replicas: ReplicaResources = ReplicaResources()
+    queue: QueueSettings = QueueSettings()
+    retries: StageRetries = StageRetries()
     tls: TlsFiles | None = None
     """Makes the endpoint HTTPS."""
     image: str | None = Field(default=None, pattern=r"^[^\s]+$")

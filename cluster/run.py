@@ -73,6 +73,10 @@ class Run:
             raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
         return result
 
+    def remaining(self, stages: Sequence[catalog.Stage]) -> list[catalog.Stage]:
+        """Those of `stages` that a command has to do that goes on with the run."""
+        return [stage for stage in stages if stage.repeats or self.result(stage.name) is None]
+
     def alone(self) -> AbstractContextManager[None]:
         """Keep other commands off this run for the length of the block. Raises HelioError when one is at it."""
         return alone(self.directory)

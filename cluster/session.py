@@ -5,7 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -171,8 +171,10 @@ def resources_in_all(profile: Profile) -> tuple[float, float]:
     return there.get("CPU", 0.0), there.get("GPU", 0.0)
 
 
-def interruptible(work: Callable[[], T]) -> T:
+def interruptible(work: Callable[[], T], end: Callable[[], float] = lambda: 0.0) -> T:
     """The result of `work`, done in a thread while this one waits, so that Ctrl-C raises KeyboardInterrupt here.
+
+    Before it does, `end` asks the work to end in order and tells for how many seconds that is awaited.
 
     Ray Train and Ray Tune put their own handlers on the signal where they run in the main thread: Train ends the
     process with exit code 0, Tune returns as if the search had finished.
@@ -186,7 +188,11 @@ def interruptible(work: Callable[[], T]) -> T:
             outcome.set_exception(error)
 
     threading.Thread(target=run, name="interruptible", daemon=True).start()
-    return outcome.result()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        wait([outcome], timeout=end())
+        raise
 
 
 def free_ports(count: int) -> list[int]:

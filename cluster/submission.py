@@ -3,7 +3,7 @@
     helio submit cifar10 --profile prod.yaml --follow
 
 A job is named as its run, so that what is in the run's directory outlives the cluster. What it is resubmitted as has a
-number behind the name.
+number behind the name. It conducts the run's stages (cluster.conductor), each a job of its own: RUN.pretrain.
 """
 
 import datetime
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.dashboard import Dashboard, check_room
-from cluster.errors import HelioError
-from cluster.package import PROFILE, RECIPE, write_package
+from cluster.dashboard import Dashboard, OwnDashboard, check_room
+from cluster.errors import CapacityError, HelioError
+from cluster.output import INTERRUPTED
+from cluster.package import PROFILE, write_package
 from cluster.plan import check, kinds_of, stages_until
 from cluster.profile import Profile
 from cluster.recipe import Recipe
@@ -28,9 +29,15 @@ if TYPE_CHECKING:
 
 STOP_S = 120
 """What a job that is stopped has to end in order: it writes a checkpoint first."""
+LEAVE_S = 30
+"""What is left of it for what conducts stages, once they have ended."""
 POLL_S = 0.5
-INTERRUPTED = 130
-"""Exit code of a job that was stopped, as of a command that was."""
+RUN, STAGE, COMMAND, STORAGE, PRIORITY = (
+    f"helio_{name}" for name in ("run", "stage", "command", "storage", "priority")
+)
+"""What the metadata of a job has."""
+
+Reached = Dashboard | OwnDashboard
 
 
 @dataclass(frozen=True)
@@ -51,32 +58,35 @@ def submit(dashboard: Dashboard, profile: Profile, recipe: Recipe, command: str,
     stages = stages_until(recipe, until)
     check(recipe, profile, stages)
     check_room(profile, kinds_of(stages), dashboard.nodes())
+    _check_quota(profile, kinds_of(stages))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run = f"{recipe.name}-{stamp}-{secrets.token_hex(2)}"
-    return _send(dashboard, profile, recipe, run, run, _words(command, RECIPE, "--name", run))
+    return _send(dashboard, profile, recipe, run, run, command)
 
 
 def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
     """Go on with the run of a job that has ended, from its last finished stage."""
     _check(profile)
     details = find(dashboard, job)
+    if stage_of(details):
+        raise HelioError(
+            f"job {job} is a stage of run {run_of(details)}: `helio resubmit {run_of(details)}` goes on with it"
+        )
     if not details.status.is_terminal():
         raise HelioError(f"job {job} is {details.status.value.lower()}: `helio stop {job}` first, or wait for its end")
     run = run_of(details)
-    again = sum(run_of(other) == run for other in every(dashboard)) + 1
-    command = (details.metadata or {})["helio_command"]
-    return _send(dashboard, profile, None, run, f"{run}.{again}", _words(command, "--resume", run))
-
-
-def _words(command: str, *own: str) -> list[str]:
-    """Of `helio COMMAND`, as the cluster does it."""
-    return [command, *own, "--profile", PROFILE, *(["--keep-serving"] if command == "run" else [])]
+    again = sum(run_of(other) == run and not stage_of(other) for other in every(dashboard)) + 1
+    command = (details.metadata or {})[COMMAND]
+    return _send(dashboard, profile, None, run, f"{run}.{again}", command)
 
 
 def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) -> str:
     """Let the cluster run `python -m MODULE PROFILE`; returns the job's name."""
     _check(profile)
-    return _send(dashboard, profile, None, job, job, [PROFILE], module).job
+    with tempfile.TemporaryDirectory() as directory:
+        package = Path(directory) / "helio.zip"
+        write_package(package, None, profile)
+        return send(dashboard, job, f"{module} {PROFILE}", str(package), STOP_S, {RUN: job, **_storage(profile)})
 
 
 def _check(profile: Profile) -> None:
@@ -86,40 +96,65 @@ def _check(profile: Profile) -> None:
         )
 
 
-def _send(
-    dashboard: Dashboard,
-    profile: Profile,
-    recipe: Recipe | None,
-    run: str,
-    job: str,
-    words: Sequence[str],
-    module: str = "cluster.cli",
-) -> Submitted:
-    metadata = {"helio_run": run, "helio_command": words[0], "helio_storage": str(profile.storage_path)}
+def _check_quota(profile: Profile, kinds: Sequence[str]) -> None:
+    queue, needs = profile.queue, profile.needs()
+    for kind in kinds:
+        for need, most, name in zip(needs[kind], (queue.max_cpus, queue.max_gpus), ("cpus", "gpus"), strict=True):
+            if most is not None and need > most:
+                raise CapacityError(
+                    f"profile {profile.name} asks for {need:g} {name.upper()[:-1]}s in {kind}, queue.max_{name} allows "
+                    f"its team {most:g}: the stage would wait for ever; ask for less, or raise it"
+                )
+
+
+def _send(dashboard: Dashboard, profile: Profile, recipe: Recipe | None, run: str, job: str, command: str) -> Submitted:
+    metadata = {RUN: run, COMMAND: command, PRIORITY: str(profile.queue.priority), **_storage(profile)}
+    words = [run, command, *(["--resume"] if recipe is None else [])]
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory) / "helio.zip"
         size = write_package(package, recipe, profile)
-        _asked(
-            dashboard,
-            lambda: dashboard.jobs.submit_job(
-                # Without exec the shell would be what is stopped.
-                entrypoint=f"exec python -m {module} {shlex.join(words)}",
-                submission_id=job,
-                runtime_env={"working_dir": str(package), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}},
-                metadata=metadata,
-            ),
-        )
+        # Its stages are stopped first.
+        send(dashboard, job, f"cluster.conductor {shlex.join(words)}", str(package), STOP_S + LEAVE_S, metadata)
     return Submitted(job, run, size)
 
 
-def every(dashboard: Dashboard) -> list["JobDetails"]:
+def _storage(profile: Profile) -> dict[str, str]:
+    return {STORAGE: str(profile.storage_path)}
+
+
+def send(
+    dashboard: Reached, job: str, words: str, working_directory: str, stop_s: float, metadata: dict[str, str]
+) -> str:
+    """Let the cluster run `python -m WORDS` as a job of this name, in a package or in one that the cluster has.
+
+    The job may take `stop_s` to end when it is stopped. Returns its name.
+    """
+    _asked(
+        dashboard,
+        lambda: dashboard.jobs.submit_job(
+            # Without exec the shell would be what is stopped.
+            entrypoint=f"exec python -m {words}",
+            submission_id=job,
+            runtime_env={"working_dir": working_directory, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{stop_s:g}"}},
+            metadata=metadata,
+        ),
+    )
+    return job
+
+
+def every(dashboard: Reached) -> list["JobDetails"]:
     """The jobs of helio that the cluster knows, the newest first."""
     found: list[JobDetails] = _asked(dashboard, dashboard.jobs.list_jobs)
-    ours = [job for job in found if job.submission_id and "helio_run" in (job.metadata or {})]
+    ours = [job for job in found if job.submission_id and RUN in (job.metadata or {})]
     return sorted(ours, key=lambda job: job.start_time or 0, reverse=True)
 
 
-def find(dashboard: Dashboard, job: str) -> "JobDetails":
+def stages_of(dashboard: Reached, run: str) -> list["JobDetails"]:
+    """The jobs of the stages of a run, the newest first."""
+    return [job for job in every(dashboard) if run_of(job) == run and stage_of(job)]
+
+
+def find(dashboard: Reached, job: str) -> "JobDetails":
     """A job of helio by its name. Raises HelioError where there is none."""
     known = every(dashboard)
     for one in known:
@@ -129,27 +164,49 @@ def find(dashboard: Dashboard, job: str) -> "JobDetails":
     raise HelioError(f"no job {job!r} at {dashboard.address}: there {f'are {listed}' if listed else 'is none yet'}")
 
 
+def details(dashboard: Reached, job: str) -> "JobDetails":
+    """How a job is that is known to be there."""
+    found: JobDetails = _asked(dashboard, lambda: dashboard.jobs.get_job_info(job))
+    return found
+
+
 def run_of(job: "JobDetails") -> str:
     """The name of a job's run."""
-    return str((job.metadata or {})["helio_run"])
+    return str((job.metadata or {})[RUN])
 
 
-def stop(dashboard: Dashboard, job: str) -> None:
-    """Let a job end in order, and wait for that. Nothing is done to one that has ended."""
-    if not find(dashboard, job).status.is_terminal():
-        _asked(dashboard, lambda: dashboard.jobs.stop_job(job))
-        wait(dashboard, job)
+def stage_of(job: "JobDetails") -> str | None:
+    """The stage that a job is; None for what conducts a run."""
+    return (job.metadata or {}).get(STAGE)
 
 
-def wait(dashboard: Dashboard, job: str, within_s: float = float("inf")) -> int:
+def ask_to_stop(dashboard: Reached, job: str) -> None:
+    """Let a job begin to end in order."""
+    _asked(dashboard, lambda: dashboard.jobs.stop_job(job))
+
+
+def stop(dashboard: Reached, job: str) -> None:
+    """Let a job end in order, and its stages where nobody conducts them any more, and wait for that.
+
+    Nothing is done to what has ended.
+    """
+    found = find(dashboard, job)
+    for one in [found, *([] if stage_of(found) else stages_of(dashboard, run_of(found)))]:
+        name = str(one.submission_id)
+        if not details(dashboard, name).status.is_terminal():
+            ask_to_stop(dashboard, name)
+            wait(dashboard, name)
+
+
+def wait(dashboard: Reached, job: str, within_s: float = float("inf")) -> int:
     """The exit code of a job once it has ended. Raises HelioError when that takes longer than `within_s`."""
-    deadline, details = time.monotonic() + within_s, find(dashboard, job)
-    while not details.status.is_terminal():
+    deadline, found = time.monotonic() + within_s, find(dashboard, job)
+    while not found.status.is_terminal():
         if time.monotonic() > deadline:
             raise HelioError(f"job {job} has not ended within {within_s:g} s: it goes on")
         time.sleep(POLL_S)
-        details = _asked(dashboard, lambda: dashboard.jobs.get_job_info(job))
-    return exit_code(details)
+        found = details(dashboard, job)
+    return exit_code(found)
 
 
 def exit_code(job: "JobDetails") -> int:
@@ -159,7 +216,7 @@ def exit_code(job: "JobDetails") -> int:
     return 0 if job.status.value == "SUCCEEDED" else job.driver_exit_code or 1
 
 
-def follow(dashboard: Dashboard, job: str, show: Callable[[str], object]) -> None:
+def follow(dashboard: Reached, job: str, show: Callable[[str], object]) -> None:
     """Hand over what a job has printed, and what it prints until its end."""
     import asyncio
 
@@ -170,12 +227,12 @@ def follow(dashboard: Dashboard, job: str, show: Callable[[str], object]) -> Non
     _asked(dashboard, lambda: asyncio.run(tail()))
 
 
-def printed(dashboard: Dashboard, job: str) -> str:
+def printed(dashboard: Reached, job: str) -> str:
     """What a job has printed so far."""
     return str(_asked(dashboard, lambda: dashboard.jobs.get_job_logs(job)))
 
 
-def _asked(dashboard: Dashboard, ask: Callable[[], Any]) -> Any:
+def _asked(dashboard: Reached, ask: Callable[[], Any]) -> Any:
     """The answer, or HelioError for what goes wrong on the way."""
     import aiohttp
     import requests

@@ -33,6 +33,8 @@ from jobs.training.keeper import CheckpointStore
 Remedy = tuple[int, float, int]
 """First step, factor of the learning rate, and warm-up steps of a time that training went back."""
 
+LAST_CHECKPOINT_S = 60.0
+"""How long an interrupted training may take for a checkpoint."""
 LEAST_WATCHED = 10
 """Validation images below which spread and rank of their features mean nothing."""
 
@@ -128,6 +130,8 @@ def run_stage(run: Run) -> dict[str, Any]:
 class _Outcome:
     """What the workers told by the end of an attempt."""
 
+    is_training: bool = False
+    """Whether steps are being made."""
     stopped: Event | None = None
     """Why they did not train to the last step: `kind`, `step` and what belongs to it."""
     workers: int = 0
@@ -189,6 +193,7 @@ def _attempt(
     run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, steps: int, remedies: list[Remedy]
 ) -> _Outcome:
     """Start the workers, and listen to them until they have ended."""
+    import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -201,6 +206,7 @@ def _attempt(
 
         def handle(event: Event) -> None:
             kind, step = event.pop("kind"), event.pop("step")
+            outcome.is_training |= kind == "step"
             if kind in ("diverged", "collapsed", "corrupt", "stopped"):
                 outcome.stopped = {"kind": kind, "step": step, **event}
             elif kind == "corrupt_image":
@@ -218,7 +224,15 @@ def _attempt(
 
         with listening(handle) as events:
 
+            def end() -> float:
+                if not outcome.is_training:
+                    return 0.0
+                run.progress.say("  a checkpoint is taken before the end; Ctrl-C again does without")
+                ray.get(events.end.remote())
+                return LAST_CHECKPOINT_S
+
             def fit(workers: int) -> None:
+                outcome.is_training = False
                 trainer = DataParallelTrainer(
                     _worker_function,
                     train_loop_config={"assignment": _assignment(run, dataset, events, remedies)},
@@ -235,7 +249,7 @@ def _attempt(
                         failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=0),
                     ),
                 )
-                interruptible(trainer.fit)
+                interruptible(trainer.fit, end)
 
             try:
                 outcome.workers = train_with_what_is_there(run, config, fit)

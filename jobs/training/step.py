@@ -51,13 +51,15 @@ def make_step(
     micro_batches: int = 1,
     after: Callable[[], None] | None = None,
     statistics: Sequence[keras.Variable] = (),
+    wish: tf.Variable | None = None,
 ) -> Callable[[Images, tf.Tensor], tf.Tensor]:
     """A compiled step: `step(images, targets)` on this worker's part of the batch returns FIGURES, float64 [5].
 
     `clip_norm` bounds the norm of the gradient of the global batch. With `micro_batches` the worker's part is computed
     in so many pieces one after another, which takes less memory; the gradient is that of the whole. `after` is called
     once the weights have moved. A step whose gradient is not finite moves nothing, nor `statistics`, which the forward
-    pass moves; but it counts, so that learning rates go by the step.
+    pass moves; but it counts, so that learning rates go by the step. `wish`, a float32 scalar of this worker, becomes
+    the sum of all workers' with each step: what one of them wants, all know after the same step.
     """
     variables = list(variables)
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
@@ -65,11 +67,13 @@ def make_step(
     def scale(loss: tf.Tensor) -> tf.Tensor:
         return optimizer.scale_loss(loss) if scaled else loss
 
-    def replica_sum(images: Images, targets: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-        """(gradients and loss added up over the workers, seconds of computing, seconds of adding up)."""
+    def replica_sum(
+        images: Images, targets: tf.Tensor, wishes: list[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
+        """(gradients, loss and wishes added up over the workers, seconds of computing, seconds of adding up)."""
         started = tf.timestamp()
         images, targets = _once(started, (images, targets))
-        own = _gradients(objective, variables, scale, images, targets, micro_batches)
+        own = [*_gradients(objective, variables, scale, images, targets, micro_batches), *wishes]
         with tf.control_dependencies(own):
             computed = tf.timestamp()
         context = tf.distribute.get_replica_context()
@@ -94,7 +98,11 @@ def make_step(
     def step(images: Images, targets: tf.Tensor) -> tf.Tensor:
         number = tf.identity(optimizer.iterations.value)
         before = [tf.identity(variable.value) for variable in statistics]
-        (*gradients, loss), compute_s, all_reduce_s = strategy.run(replica_sum, args=(images, targets))
+        wishes = [] if wish is None else [tf.identity(wish)]
+        sums, compute_s, all_reduce_s = strategy.run(replica_sum, args=(images, targets, wishes))
+        gradients, loss = sums[: len(variables)], sums[len(variables)]
+        if wish is not None:
+            wish.assign(sums[-1])
         started = tf.timestamp()
         gradients = _once(started, gradients)
         norm = tf.linalg.global_norm(gradients) / scale(tf.constant(1.0))

@@ -111,6 +111,9 @@ class _Worker:
             load_initial(self.backbone, config.initial)
         self.method = build_method(config, self.backbone, len(self.dataset.classes))
         variables = [*self.backbone.trainable_variables, *self.method.head.trainable_variables]
+        self.wish = tf.Variable(0.0)
+        """Above 0 after the step at which training is to end for now, on every worker."""
+        self._answer: Any = None
         self.optimizer = build_optimizer(config.optimizer, Tabulated(self.rates), config.weight_decay, config.momentum)
         self.optimizer.build(variables)
         self.train_step = make_step(
@@ -122,6 +125,7 @@ class _Worker:
             micro_batches=config.micro_batches,
             after=self._after_step,
             statistics=[v for model in (self.backbone, self.method.head) for v in moving_statistics(model)],
+            wish=self.wish,
         )
         trained = [self.backbone, self.method.head]
         self.average = None if config.ema_decay is None else Average(trained, config.ema_decay)
@@ -177,7 +181,8 @@ class _Worker:
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell({"kind": "step", "loss": _means(figures, since)["loss"]})
+                self._tell_step(_means(figures, since)["loss"])
+            is_over = bool(self.wish.numpy() > 0)
             too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
             if too_many or (self.step in ends and figures[SKIPPED] == since):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
@@ -185,12 +190,12 @@ class _Worker:
                 self._tell({"kind": "diverged", "sign": sign, "healthy_step": self._healthy_step()}, wait=True)
                 return
             if self.step not in ends:
-                if self.step % (config.checkpoint_every_steps or self.total_steps) == 0:
+                if is_over or self.step % (config.checkpoint_every_steps or self.total_steps) == 0:
                     self.average_statistics()
                     elapsed = time.monotonic() - started
                     begun = Begun(figures.tolist(), since, elapsed, self._done(stream))
                     self.checkpoints.save(functools.partial(self._state, begun))
-                    if self.checkpoints.stopped:
+                    if self.checkpoints.stopped or is_over:
                         return
                 continue
             self.average_statistics()
@@ -210,9 +215,9 @@ class _Worker:
             }
             self.history.append({"step": self.step, "unix_time": time.time(), **metrics})
             self._tell({"kind": "epoch", **metrics})
-            if self._is_due():
+            if is_over or self._is_due():
                 self.checkpoints.save(functools.partial(self._state, None))
-                if self.checkpoints.stopped:
+                if self.checkpoints.stopped or is_over:
                     return
             figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
             self.begun = _NOT_BEGUN
@@ -344,6 +349,12 @@ class _Worker:
             told = self.assignment.events.put.remote({"step": self.step, **event})
             if wait:
                 ray.get(told)
+
+    def _tell_step(self, loss: float) -> None:
+        """Tell how far training is; what the driver answered the last time may be that it is to end."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0] and ray.get(self._answer):
+            self.wish.assign(1.0)
+        self._answer = self.assignment.events.put.remote({"step": self.step, "kind": "step", "loss": loss})
 
     def _notify(self, text: str) -> None:
         """Tell the user a line, from whatever thread."""

@@ -85,7 +85,8 @@ def test_a_candidate_that_turns_bad_costs_no_user_an_answer(stage: Stage) -> Non
     failing = stage.versions["failing"].version
     order(stage, "start", failing)
     ask(stage.url, good, 10_000, reaches("25%"))
-    assert document(stage)["rollout"]["stage"] == "25%"
+    before = document(stage)["rollout"]
+    assert before["stage"] == "25%", json.dumps(before)
     told = ask(stage.url, IMAGES, 3000, is_over)
     found = document(stage)["rollout"]
     assert found["state"] == "rolled_back"

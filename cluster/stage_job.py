@@ -1,0 +1,49 @@
+"""One stage of a run, as the job that its conductor (cluster.conductor) lets the cluster do.
+
+python -m cluster.stage_job RUN STAGE [--last] [--keep-serving]
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from cluster import catalog
+from cluster.output import Output, ended
+from cluster.package import PROFILE
+from cluster.plan import preflight
+from cluster.profile import load_profile
+from cluster.progress import RunProgress
+from cluster.run import open_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code is that of the stage's command at home."""
+    stages = {stage.name: stage for stage in catalog.STAGES}
+    parser = argparse.ArgumentParser(prog="python -m cluster.stage_job")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--last", action="store_true", help="show the results of the run")
+    parser.add_argument("--keep-serving", action="store_true")
+    arguments = parser.parse_args(argv)
+
+    def work(output: Output) -> int:
+        profile, stage = load_profile(PROFILE), stages[arguments.stage]
+        directory = str(profile.storage_path / "runs" / arguments.run)
+        run = open_run(directory, profile, [], RunProgress(output.messages))
+        preflight(run.recipe, run.profile, [stage])
+        run_stages = catalog.load("jobs.pipeline:run_stages")
+        run_stages(
+            run,
+            [stage],
+            output,
+            keep_serving=arguments.keep_serving,
+            is_conducted=True,
+            is_last=arguments.last,
+        )
+        return 0
+
+    return ended(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
