@@ -37,6 +37,7 @@ PATIENCE_S = 120.0
 """How long the cluster's dashboard may be away."""
 SAY_EVERY_S = 10.0
 """Why a stage waits changes with every stage of others: so often it is told at most."""
+ENTRYPOINT = "Running entrypoint for job"
 MENDABLE = 2
 """Exit code of what the user must mend: to do it again would end alike."""
 T = TypeVar("T")
@@ -191,21 +192,14 @@ class Conductor:
 
     def _relay(self, job: str) -> None:
         """Print what a job prints until its end; where the connection breaks, go on behind what is printed."""
-        printed = 0
+        printer = _Printer(self._output)
         while True:
-            passed = 0
-
-            def show(text: str) -> None:
-                nonlocal printed, passed
-                new, passed = text[max(0, printed - passed) :], passed + len(text)
-                printed = max(printed, passed)
-                print(new, end="", file=self._output.results, flush=True)
-
             is_over = self._details(job).status.is_terminal()
             with suppress(HelioError):
-                submission.follow(self._dashboard, job, show)
+                submission.follow(self._dashboard, job, printer.show)
                 if is_over or self._details(job).status.is_terminal():
                     return
+            printer.begin_again()
             time.sleep(POLL_S)
 
     def _details(self, job: str) -> JobDetails:
@@ -224,6 +218,30 @@ class Conductor:
 
     def _say(self, text: str) -> None:
         self._run.progress.say(text)
+
+
+class _Printer:
+    """Prints what a job's log has behind what Ray says of its start, once, also where it is read again."""
+
+    def __init__(self, output: Output) -> None:
+        self._output, self._printed = output, 0
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """What comes next is the beginning of the log."""
+        self._start: str | None = ""
+        self._read = 0
+
+    def show(self, text: str) -> None:
+        if self._start is not None:
+            self._start += text
+            _, end, text = self._start.partition(ENTRYPOINT)[2].partition("\n")
+            if not end:
+                return
+            self._start = None
+        print(text[max(0, self._printed - self._read) :], end="", file=self._output.results, flush=True)
+        self._read += len(text)
+        self._printed = max(self._printed, self._read)
 
 
 def _reason(details: JobDetails) -> str:

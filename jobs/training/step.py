@@ -73,7 +73,8 @@ def make_step(
         """(gradients, loss and wishes added up over the workers, seconds of computing, seconds of adding up)."""
         started = tf.timestamp()
         images, targets = _once(started, (images, targets))
-        own = [*_gradients(objective, variables, scale, images, targets, micro_batches), *wishes]
+        # An exchange wants tensors that lie on a device; what a function is given lies on none.
+        own = _gradients(objective, variables, scale, images, targets, micro_batches) + [tf.identity(w) for w in wishes]
         with tf.control_dependencies(own):
             computed = tf.timestamp()
         context = tf.distribute.get_replica_context()
@@ -98,7 +99,7 @@ def make_step(
     def step(images: Images, targets: tf.Tensor) -> tf.Tensor:
         number = tf.identity(optimizer.iterations.value)
         before = [tf.identity(variable.value) for variable in statistics]
-        wishes = [] if wish is None else [tf.identity(wish)]
+        wishes = [] if wish is None else [wish.read_value()]
         sums, compute_s, all_reduce_s = strategy.run(replica_sum, args=(images, targets, wishes))
         gradients, loss = sums[: len(variables)], sums[len(variables)]
         if wish is not None:

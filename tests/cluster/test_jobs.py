@@ -4,10 +4,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.session import free_ports
+from tests.conftest import MakeRun, carry_out
 
 BIN = Path(sys.executable).parent
 TOKEN = "5a" * 32
@@ -105,33 +108,74 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
     assert re.search(r"^state +succeeded$", shown, re.MULTILINE)
 
 
-def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluster) -> None:
+def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, make_run: MakeRun) -> None:
+    """It ends with the weights that it would have had."""
     profile = cluster.profile()
     began = time.monotonic()
-    words = ("--until", "pretrain", "pretrain.epochs=1")
+    settings = ("pretrain.epochs=8", "pretrain.checkpoint_every_epochs=8")
+    words = ("--until", "pretrain", *settings)
     submitted = cluster.helio("submit", "quickstart", "--profile", profile, "--json", *words)
     print(f"helio submit: {time.monotonic() - began:.1f} s")
     job = json.loads(submitted.stdout)["job"]
     follower = cluster.start("logs", job, "-f", "--profile", profile)
     assert follower.stdout is not None
     seen = []
-    for line in follower.stdout:
-        seen.append(line)
-        if line.startswith("Pre-train"):
-            break
-    else:
-        raise AssertionError("".join(seen))
+
+    def read_until(words: str) -> None:
+        for line in follower.stdout or ():
+            seen.append(line)
+            if words in line:
+                return
+        raise AssertionError(f"{words} was not said:\n{''.join(seen)}")
+
+    read_until("Pre-train")
+    os.kill(stage_process(job), signal.SIGKILL)
+    read_until("Pre-train: died (exit code -9), begun again where it was (1 of 1)")
+    read_until("  pre-train: ")
+    # It asks for all CPUs.
+    urgent = ("profile.queue.priority=5", "profile.data.cpus_per_ingest_task=2")
+    other = cluster.helio("submit", "quickstart", "--until", "ingest", "--profile", profile, "--json", *urgent)
+    run = json.loads(other.stdout)["run"]
+    read_until(f"Pre-train: gives way to {run} (priority 5)")
+    read_until("a checkpoint is taken before the end")
+    assert cluster.helio("wait", run, "--profile", profile).returncode == 0
+    # It is of that moment: the recipe wants one at the end alone.
+    read_until("going on from the checkpoint of step")
     assert cluster.helio("stop", job, "--profile", profile).returncode == 0
     rest = follower.communicate(timeout=60)[0]
-    assert follower.returncode == 130 and "goes on from the last finished stage" in rest
+    assert follower.returncode == 130 and f"`helio resubmit {job}` goes on from the last finished stage" in rest
     assert cluster.helio("wait", job, "--profile", profile).returncode == 130
     again = cluster.helio("resubmit", job, "--profile", profile, "--follow")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "Ingest: finished before" in again.stdout
-    states = {
-        one["job"]: one["state"] for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)
-    }
-    assert (states[job], states[f"{job}.2"]) == ("stopped", "succeeded")
+    assert "Ingest: finished before" in again.stdout and "going on from the checkpoint of step" in again.stdout
+    jobs = {one["job"]: one for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)}
+    assert (jobs[job]["state"], jobs[f"{job}.2"]["state"]) == ("stopped", "succeeded")
+    assert [(one["job"], one["state"]) for one in jobs[job]["stages"]] == [
+        (f"{job}.ingest", "succeeded"),
+        (f"{job}.pretrain", "failed"),
+        (f"{job}.pretrain.2", "failed"),
+        (f"{job}.pretrain.3", "stopped"),
+        (f"{job}.pretrain.4", "succeeded"),
+    ]
+    directory = cluster.directory / "storage" / "runs" / job
+    attempts = json.loads((directory / "attempts" / "pretrain.json").read_text())
+    assert [attempt["outcome"] for attempt in attempts] == [None, "interrupted", "interrupted", "finished"]
+    record = json.loads((directory / "stages" / "pretrain.json").read_text())
+    assert record["cost"]["cpu_hours"] == pytest.approx(sum(attempt["cpu_hours"] for attempt in attempts))
+    fresh = make_run(*settings)
+    carry_out(fresh, "ingest", "pretrain")
+    # One thread a worker and a fixed order of all sums: not close, but the same.
+    assert record["result"]["weights_sha256"] == fresh.require("pretrain")["weights_sha256"]
+
+
+def stage_process(job: str) -> int:
+    """The driver of the stage of a run that goes on."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", b"cluster.stage_job"] and job.encode() in words:
+                return int(path.parent.name)
+    raise AssertionError(f"no stage of {job} goes on")
 
 
 def test_another_node_joins_and_leaves(cluster: Cluster) -> None:
@@ -195,6 +239,7 @@ REFUSED = {
     "too many GPUs": (GPUS, [], {}, "asks for 8 GPUs in pretrain"),
     "too large a piece": ({"replicas": {"cpus": 3}}, [], {}, "3 CPUs"),
     "relative storage": ({"storage": "here"}, [], {}, "must be an absolute path"),
+    "above the quota": ({"queue": {"max_cpus": 1, "team": "vision"}}, [], {}, "queue.max_cpus allows its team 1"),
     "uneven batch": ({"train": {"workers": 3, "cpus_per_worker": 0.1}}, [], {}, "a multiple of the 3 workers"),
     "wrong setting": ({}, ["pretrain.epochs=0"], {}, "pretrain.epochs"),
     "unknown key": ({}, ["pretrain.epoch=1"], {}, "epochs"),
