@@ -15,6 +15,16 @@ from cluster.errors import EndpointError
 
 
 @dataclass(frozen=True)
+class PemFiles:
+    """A certificate, with those that vouch for it behind it, and its key."""
+
+    certificate: Path
+    key: Path
+    setting: str
+    """Of the profile, which names them: what is wrong with them is told by it."""
+
+
+@dataclass(frozen=True)
 class Certificate:
     """What everyone may know of a certificate."""
 
@@ -25,7 +35,7 @@ class Certificate:
     expires: datetime.datetime
 
     def trust(self) -> ssl.SSLContext:
-        """Accepts this certificate and no other, by whatever name the endpoint is asked."""
+        """Accepts this certificate and no other, by whatever name the server is asked."""
         context = ssl.create_default_context(cadata=self.pem)
         context.check_hostname = False
         # The certificate itself is what is trusted, not its issuer.
@@ -33,35 +43,36 @@ class Certificate:
         return context
 
 
-def read_pair(certificate: Path, key: Path) -> Certificate:
-    """The certificate, the first one in its file. Raises EndpointError unless it is valid now and `key` is its own."""
+def read_pair(files: PemFiles) -> Certificate:
+    """The certificate, the first one in its file. Raises EndpointError unless it is valid now and the key its own."""
+    certificate, key, setting = files.certificate, files.key, files.setting
     try:
-        found = x509.load_pem_x509_certificates(_read(certificate, "certificate"))[0]
+        found = x509.load_pem_x509_certificates(_read(certificate, f"{setting}.certificate"))[0]
     except ValueError:
-        raise EndpointError(f"profile.tls.certificate {certificate} is no certificate in PEM") from None
+        raise EndpointError(f"{setting}.certificate {certificate} is no certificate in PEM") from None
     try:
-        private = load_pem_private_key(_read(key, "key"), password=None)
+        private = load_pem_private_key(_read(key, f"{setting}.key"), password=None)
     except TypeError:
-        raise EndpointError(f"profile.tls.key {key} has a passphrase: give the key without one") from None
+        raise EndpointError(f"{setting}.key {key} has a passphrase: give the key without one") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise EndpointError(f"profile.tls.key {key} is no private key in PEM") from None
+        raise EndpointError(f"{setting}.key {key} is no private key in PEM") from None
     if _public(found.public_key()) != _public(private.public_key()):
         raise EndpointError(
-            f"profile.tls.key {key} does not belong to the first certificate in {certificate}: give the two that were "
+            f"{setting}.key {key} does not belong to the first certificate in {certificate}: give the two that were "
             "made together"
         )
     now, begins, expires = datetime.datetime.now(datetime.UTC), found.not_valid_before_utc, found.not_valid_after_utc
     if not begins <= now < expires:
         when = f"expired on {expires:%Y-%m-%d %H:%M}" if now >= expires else f"is valid from {begins:%Y-%m-%d %H:%M}"
-        raise EndpointError(f"profile.tls.certificate {certificate} {when} UTC: give one that is valid now")
+        raise EndpointError(f"{setting}.certificate {certificate} {when} UTC: give one that is valid now")
     return Certificate(found.public_bytes(Encoding.PEM).decode(), tuple(_names(found)), expires)
 
 
-def _read(path: Path, key: str) -> bytes:
+def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise EndpointError(f"profile.tls.{key} {path} cannot be read: {error.strerror}") from None
+        raise EndpointError(f"{what} {path} cannot be read: {error.strerror}") from None
 
 
 def _public(key: PublicKeyTypes) -> bytes:
