@@ -1,6 +1,8 @@
 """A certificate and its key, two PEM files: whether a server can use them, and what clients see of them."""
 
 import datetime
+import ipaddress
+import os
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +10,16 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 
 from cluster.errors import EndpointError
 
@@ -66,6 +76,32 @@ def read_pair(files: PemFiles) -> Certificate:
         when = f"expired on {expires:%Y-%m-%d %H:%M}" if now >= expires else f"is valid from {begins:%Y-%m-%d %H:%M}"
         raise EndpointError(f"{setting}.certificate {certificate} {when} UTC: give one that is valid now")
     return Certificate(found.public_bytes(Encoding.PEM).decode(), tuple(_names(found)), expires)
+
+
+def make_pair(files: PemFiles, host: str, days: int) -> None:
+    """Write a certificate for `host`, a name or an address, that vouches for itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host[:64])])
+    try:
+        shown: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        shown = x509.DNSName(host)
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        # The clocks of others may be behind.
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([shown]), critical=False)
+        # Who trusts it trusts this host and nothing that it might sign.
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    files.certificate.parent.mkdir(parents=True, exist_ok=True)
+    files.key.unlink(missing_ok=True)
+    with os.fdopen(os.open(files.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    files.certificate.write_bytes(made.public_bytes(Encoding.PEM))
 
 
 def _read(path: Path, what: str) -> bytes:
