@@ -19,7 +19,10 @@ WITHIN_S = 10.0
 """How long a dashboard may take to answer a question."""
 TOKEN_FILE = "~/.ray/auth_token"
 REASONS = {
+    "mismatch": "its certificate is for another host",
+    "certificate has expired": "its certificate has expired",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted: name its CA's file in REQUESTS_CA_BUNDLE",
+    "WRONG_VERSION_NUMBER": "it does not speak HTTPS there",
     "timed out": f"no answer within {WITHIN_S:g} s",
     "refused": "connection refused",
     "resolve": "no such host",
@@ -51,6 +54,7 @@ class Dashboard:
                 "or use `helio run` on this machine"
             )
         self.address = profile.dashboard.rstrip("/")
+        self._trusted = trusted(profile)
         self._headers = {} if profile.auth_mode == "disabled" else {"Authorization": f"Bearer {self._token()}"}
         self._check_version(self.get("/api/version")["ray_version"])
 
@@ -59,7 +63,9 @@ class Dashboard:
         import requests
 
         try:
-            answer = requests.get(f"{self.address}{path}", headers=self._headers, timeout=WITHIN_S)
+            answer = requests.get(
+                f"{self.address}{path}", headers=self._headers, timeout=WITHIN_S, verify=self._trusted
+            )
         except requests.RequestException as error:
             raise self._unreachable(error) from None
         if answer.status_code in (401, 403):
@@ -76,7 +82,8 @@ class Dashboard:
     @cached_property
     def jobs(self) -> "JobSubmissionClient":
         """Ray's own client of it."""
-        return _quiet_client(self.address, headers=dict(self._headers))
+        # By default its WebSockets would trust other certificates than its requests do.
+        return _quiet_client(self.address, headers=dict(self._headers), verify=self._trusted)
 
     def nodes(self) -> list[Node]:
         """Those that are up."""
@@ -155,8 +162,9 @@ class OwnDashboard:
 def _quiet_client(address: str | None, **options: Any) -> "JobSubmissionClient":
     from ray.job_submission import JobSubmissionClient
 
-    # What is uploaded is told by helio, in its own words.
-    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
+    # What is uploaded is told by helio, in its own words; how a WebSocket was closed concerns nobody.
+    for module in ("dashboard_sdk", "job.sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
     return JobSubmissionClient(address, **options)
 
 
@@ -177,6 +185,24 @@ def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:
 def token_path() -> Path:
     """The file where Ray looks for its token."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or TOKEN_FILE).expanduser()
+
+
+def own_certificate(profile: Profile) -> Path:
+    """The file of the certificate that `helio cluster up` makes for the dashboard, and of its copies."""
+    return Path("~/.helio/dashboards").expanduser() / profile.name / "certificate.pem"
+
+
+def trusted(profile: Profile) -> str:
+    """The file, or directory, of the certificates that may vouch for the dashboard's. Raises HelioError."""
+    from requests.utils import DEFAULT_CA_BUNDLE_PATH
+
+    for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if named := os.environ.get(variable):
+            if not Path(named).exists():
+                raise HelioError(f"{variable} names {named}, which is not there: give the file of a CA, or unset it")
+            return named
+    own = own_certificate(profile)
+    return str(own) if profile.dashboard_tls is None and own.exists() else DEFAULT_CA_BUNDLE_PATH
 
 
 def is_loopback(host: str) -> bool:

@@ -4,22 +4,23 @@
     helio cluster join --profile lab.yaml      # on every other machine
     helio cluster down --profile lab.yaml      # on each, the head node last
 
-A node is one process of `ray start --block` in the background; its record is ~/.helio/nodes/<profile>.json.
+A node is one process of `ray start --block` in the background, and where its dashboard speaks HTTPS one that holds the
+certificate (cluster.tls.dashboard); its record is ~/.helio/nodes/<profile>.json.
 """
 
 import json
 import os
 import secrets
-import signal
 import socket
-import subprocess
+import ssl
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from cluster.background import Process, begin
 from cluster.dashboard import Dashboard, is_loopback, token_path
 from cluster.errors import HelioError
 from cluster.profile import Profile
@@ -32,42 +33,40 @@ if TYPE_CHECKING:
 UP_WITHIN_S = 90.0
 DOWN_WITHIN_S = 60.0
 POLL_S = 0.2
+CONNECT_S = 2.0
 AGENT_PORT = 52365
 
 
 @dataclass(frozen=True)
 class Record:
-    """The process of this machine's node. A pid alone may be another's by now: `began` is from /proc."""
+    """What runs on this machine as a node."""
 
     role: str
     address: str
-    pid: int
-    began: int
     log: str
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the process is there."""
-        return _began(self.pid) == self.began
+    node: Process
+    proxy: Process | None = None
+    """Before the dashboard, where that speaks HTTPS."""
 
 
 def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Output") -> int:
     """Start the head node here."""
     host, port = _place(profile)
-    if not is_loopback(host) and profile.auth_mode != "token":
+    dashboard = _dashboard_place(profile, host)
+    _refuse_second(profile)
+    if (fault := _bind_fault(str(dashboard.hostname), int(dashboard.port or 0))) is not None:
         raise HelioError(
-            f"profile {profile.name}: a cluster at {host} is there for everybody who reaches it: set auth_mode: token"
-        )
-    dashboard = urlsplit(profile.dashboard or "")
-    if dashboard.port is None:
-        raise HelioError(
-            f"profile {profile.name} must say where the dashboard is to be: set dashboard: http://{host}:8265"
+            f"profile {profile.name}: {profile.dashboard} cannot be opened here ({fault}): set dashboard to an address "
+            "of this machine and a free port"
         )
     if profile.auth_mode == "token":
         _make_token(output)
     words = ["--head", f"--port={port}", f"--node-ip-address={host}", "--include-dashboard=true"]
-    words += [f"--dashboard-host={dashboard.hostname}", f"--dashboard-port={dashboard.port}"]
-    _start(profile, "head", words, cpus, gpus)
+    if dashboard.scheme == "http":
+        words += [f"--dashboard-host={dashboard.hostname}", f"--dashboard-port={dashboard.port}"]
+        _start(profile, "head", words, cpus, gpus)
+    else:
+        _start_behind_proxy(profile, dashboard, words, cpus, gpus, output)
     print(
         f"helio: the head node is up at {profile.address}, its dashboard at {profile.dashboard}", file=output.messages
     )
@@ -77,6 +76,7 @@ def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Ou
 def join_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Output") -> int:
     """Make this machine a worker node of a cluster that is up."""
     _place(profile)
+    _refuse_second(profile)
     _start(profile, "worker", [f"--address={profile.address}"], cpus, gpus)
     print(f"helio: this machine is a node of the cluster at {profile.address}", file=output.messages)
     return 0
@@ -86,7 +86,7 @@ def status_command(profile: Profile, as_json: bool, output: "Output") -> int:
     """The nodes of the cluster, and which of them is this machine's."""
     nodes = Dashboard(profile).nodes()
     record = _read(profile)
-    own = record.role if record and record.is_up else None
+    own = record.role if record and record.node.is_up else None
     if as_json:
         print(json.dumps({"nodes": [asdict(node) for node in nodes], "here": own}, indent=2), file=output.results)
         return 0
@@ -99,58 +99,104 @@ def status_command(profile: Profile, as_json: bool, output: "Output") -> int:
 def down_command(profile: Profile, output: "Output") -> int:
     """End this machine's node in order."""
     record = _read(profile)
-    if record is None or not record.is_up:
+    if record is None or not record.node.is_up:
         raise HelioError(f"no node of profile {profile.name} was started on this machine by `helio cluster`")
-    os.kill(record.pid, signal.SIGTERM)
-    deadline = time.monotonic() + DOWN_WITHIN_S
-    while record.is_up:
-        if time.monotonic() > deadline:
-            os.killpg(record.pid, signal.SIGKILL)
-        time.sleep(POLL_S)
+    _end(record)
     _path(profile).unlink()
     print(f"helio: the {record.role} node of this machine has ended", file=output.messages)
     return 0
 
 
-def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus: int | None) -> None:
-    known = _read(profile)
-    if known is not None and known.is_up:
-        raise HelioError(
-            f"this machine is a {known.role} node of {known.address} already: `helio cluster down` ends it"
-        )
+def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus: int | None) -> Record:
     counts = [f"--num-{kind}={count}" for kind, count in (("cpus", cpus), ("gpus", gpus)) if count is not None]
-    path = _path(profile)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = path.with_suffix(".log")
+    log = _path(profile).with_suffix(".log")
     ray = str(Path(sys.executable).with_name("ray"))
     agent = f"--dashboard-agent-listen-port={_agent_port()}"
     command = [ray, "start", "--block", "--disable-usage-stats", agent, *words, *counts]
     environment = {**os.environ, **session_environment(profile)}
     environment.pop("RAY_ADDRESS", None)
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-    began = _began(process.pid)
-    if began is not None:
-        write_json(path, asdict(Record(role, str(profile.address), process.pid, began, str(log))))
+    process, begun = begin(command, environment, log)
+    record = Record(role, str(profile.address), str(log), begun)
+    write_json(_path(profile), asdict(record))
     deadline = time.monotonic() + UP_WITHIN_S
     # Ray says so itself once the node is registered.
     while "Ray runtime started" not in log.read_text():
         if process.poll() is not None or time.monotonic() > deadline:
             process.terminate()
-            path.unlink(missing_ok=True)
+            _path(profile).unlink(missing_ok=True)
             raise HelioError(f"the {role} node did not come up ({_reason(log)}): see {log}")
         time.sleep(POLL_S)
+    return record
+
+
+def _start_behind_proxy(
+    profile: Profile, place: SplitResult, words: list[str], cpus: int | None, gpus: int | None, output: "Output"
+) -> None:
+    from cluster.tls.dashboard import dashboard_files
+
+    host, port = str(place.hostname), int(place.port or 0)
+    files, certificate, is_new = dashboard_files(profile, host)
+    plain = free_ports(1)[0]
+    words = [*words, "--dashboard-host=127.0.0.1", f"--dashboard-port={plain}"]
+    record = _start(profile, "head", words, cpus, gpus)
+    log = _path(profile).with_suffix(".tls.log")
+    listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    command = [sys.executable, "-m", "cluster.tls.dashboard", str(files.certificate), str(files.key)]
+    command += [listen, f"127.0.0.1:{plain}", str(record.node.pid)]
+    process, begun = begin(command, os.environ, log)
+    record = replace(record, proxy=begun)
+    write_json(_path(profile), asdict(record))
+    deadline = time.monotonic() + UP_WITHIN_S
+    while not _speaks_tls(host, port, certificate.trust()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            _end(record)
+            _path(profile).unlink()
+            raise HelioError(f"the dashboard's proxy did not come up ({_reason(log)}): see {log}")
+        time.sleep(POLL_S)
+    if is_new:
+        print(
+            f"helio: a new certificate for {host} is in {files.certificate}: copy the file to the same place of "
+            "whoever submits jobs, or name the copy in REQUESTS_CA_BUNDLE there",
+            file=output.messages,
+        )
+
+
+def _end(record: Record) -> None:
+    """End a node in order, and what stands before its dashboard."""
+    for process in filter(None, (record.proxy, record.node)):
+        process.end(DOWN_WITHIN_S)
+
+
+def _speaks_tls(host: str, port: int, context: ssl.SSLContext) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_S) as connection, context.wrap_socket(connection):
+            return True
+    except OSError:
+        return False
+
+
+def _refuse_second(profile: Profile) -> None:
+    known = _read(profile)
+    if known is not None and known.node.is_up:
+        raise HelioError(
+            f"this machine is a {known.role} node of {known.address} already: `helio cluster down` ends it"
+        )
 
 
 def _agent_port() -> int:
     """Ray's usual one, unless another Ray of this machine has it: an agent without its port takes no jobs."""
-    with socket.socket() as probe:
+    return AGENT_PORT if _bind_fault("", AGENT_PORT) is None else free_ports(1)[0]
+
+
+def _bind_fault(host: str, port: int) -> str | None:
+    """Why nothing can listen there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", AGENT_PORT))
-        except OSError:
-            return free_ports(1)[0]
-    return AGENT_PORT
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def _reason(log: Path) -> str:
@@ -173,6 +219,28 @@ def _make_token(output: "Output") -> None:
     )
 
 
+def _dashboard_place(profile: Profile, host: str) -> SplitResult:
+    """Where the dashboard is to be. Raises HelioError where others could use it, or read the token on its way."""
+    place = urlsplit(profile.dashboard or "")
+    if place.port is None:
+        scheme = "http" if is_loopback(host) else "https"
+        raise HelioError(
+            f"profile {profile.name} must say where the dashboard is to be: set dashboard: {scheme}://{host}:8265"
+        )
+    reached = [name for name in (host, str(place.hostname)) if not is_loopback(name)]
+    if reached and profile.auth_mode != "token":
+        raise HelioError(
+            f"profile {profile.name}: a cluster at {reached[0]} is there for everybody who reaches it: set auth_mode: "
+            "token"
+        )
+    if place.scheme == "http" and not is_loopback(str(place.hostname)):
+        raise HelioError(
+            f"profile {profile.name}: tokens would go to {profile.dashboard} for everybody on the way to read: set "
+            f"dashboard: https://{place.netloc}, or http://127.0.0.1:{place.port} for who comes through a tunnel"
+        )
+    return place
+
+
 def _place(profile: Profile) -> tuple[str, int]:
     host, _, port = (profile.address or "").rpartition(":")
     if not host or not port.isdecimal():
@@ -189,13 +257,9 @@ def _path(profile: Profile) -> Path:
 
 def _read(profile: Profile) -> Record | None:
     path = _path(profile)
-    return Record(**json.loads(path.read_text())) if path.exists() else None
-
-
-def _began(pid: int) -> int | None:
-    """When a process began, in the kernel's ticks; None where there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    if not path.exists():
         return None
-    return None if fields[0] == "Z" else int(fields[19])
+    found = json.loads(path.read_text())
+    for name in ("node", "proxy"):
+        found[name] = found[name] and Process(**found[name])
+    return Record(**found)

@@ -137,10 +137,10 @@ class StageRetries(Section):
 
 
 class TlsFiles(Section):
-    """A certificate for the endpoint and its key, PEM files on the node that takes the requests."""
+    """A certificate and its key, PEM files on the node that takes the requests."""
 
     certificate: str
-    """The endpoint's own first, then those that vouch for it."""
+    """The server's own first, then those that vouch for it."""
     key: str
     """Without a passphrase."""
 
@@ -163,6 +163,8 @@ class Profile(Section):
     """Address of a running Ray cluster; none starts Ray on this machine for the length of the command."""
     dashboard: str | None = Field(default=None, pattern=r"^https?://[^/\s]+/?$")
     """Address of the cluster's dashboard, where jobs are submitted: https://HOST:8265."""
+    dashboard_tls: TlsFiles | None = None
+    """Of an https:// dashboard that `helio cluster up` starts; none: a certificate that it makes itself."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a Ray started here; none takes all."""
     num_gpus: int | None = Field(default=None, ge=0)
@@ -208,6 +210,15 @@ class Profile(Section):
         given = {"num_cpus", "num_gpus", "object_store_gb"} & self.model_fields_set
         if given and (self.address is not None or self.nodes is not None):
             raise ValueError(f"{min(given)} is of a Ray started here: leave it out where address or nodes are given")
+        return self
+
+    @model_validator(mode="after")
+    def _a_certificate_has_its_dashboard(self) -> "Profile":
+        if self.dashboard_tls is not None and (self.nodes or not (self.dashboard or "").startswith("https://")):
+            raise ValueError(
+                "dashboard_tls is of a cluster that `helio cluster up` starts, with dashboard: https://HOST:8265: "
+                f"leave it out, got dashboard {self.dashboard!r}{' and nodes' if self.nodes else ''}"
+            )
         return self
 
     @model_validator(mode="after")

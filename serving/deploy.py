@@ -25,8 +25,8 @@ from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
 from serving.config import APPLICATION, ServeConfig
+from serving.https import find_certificate, https, notice, trust
 from serving.records.identity import new_request_id
-from serving.tls.front import find_certificate, https, notice, trust
 
 if TYPE_CHECKING:
     from cluster.output import Output

@@ -9,6 +9,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cluster.tls.certificate import PemFiles
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -17,6 +19,10 @@ class Pair:
     certificate: Path
     key: Path
     serial: int
+
+    @property
+    def files(self) -> PemFiles:
+        return PemFiles(self.certificate, self.key, "profile.tls")
 
 
 def make_pair(directory: Path, begins_days: float = -1, ends_days: float = 30, passphrase: bytes | None = None) -> Pair:

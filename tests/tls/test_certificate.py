@@ -11,22 +11,22 @@ from cluster.errors import EndpointError, RecipeError
 from cluster.profile import load_profile
 from cluster.recipe import load_recipe
 from cluster.session import free_ports
+from cluster.tls.certificate import PemFiles, read_pair
 from serving.config import ServeConfig
 from serving.deploy import preflight
-from serving.tls.certificate import read_pair
-from serving.tls.front import notice
+from serving.https import notice
 from tests.tls.certificates import make_pair
 
 
 def test_a_good_pair_is_read(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
-    found = read_pair(pair.certificate, pair.key)
+    found = read_pair(pair.files)
     assert found.names == ("localhost", "127.0.0.1")
     assert "PRIVATE" not in found.pem
     # Both in one file, as some tools write them.
     both = tmp_path / "both.pem"
     both.write_bytes(pair.key.read_bytes() + pair.certificate.read_bytes())
-    assert read_pair(both, both) == found
+    assert read_pair(PemFiles(both, both, "profile.tls")) == found
 
 
 def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         (hidden.certificate, hidden.key, "key.pem has a passphrase: give the key without one$"),
     ]:
         with pytest.raises(EndpointError, match=said):
-            read_pair(certificate, key)
+            read_pair(PemFiles(certificate, key, "profile.tls"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -57,7 +57,7 @@ def test_a_key_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
     pair.key.chmod(0)
     with pytest.raises(EndpointError, match="cannot be read: Permission denied"):
-        read_pair(pair.certificate, pair.key)
+        read_pair(pair.files)
 
 
 def test_a_run_and_a_deploy_are_refused_before_they_start(tmp_path: Path) -> None:

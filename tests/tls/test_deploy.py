@@ -26,8 +26,8 @@ from serving.check import ask_endpoint
 from serving.client import Client
 from serving.config import ServeConfig
 from serving.deploy import endpoint
+from serving.https import https, trust
 from serving.open_inference_grpc import SERVICE
-from serving.tls.front import https, trust
 from tests.serving.conftest import CLASSES, Direct, picture
 from tests.tls.certificates import Pair, make_pair
 

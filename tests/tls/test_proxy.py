@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from cluster.session import free_ports
-from serving.tls.certificate import read_pair
-from serving.tls.proxy import LOOK_S, TlsProxy, Way
+from cluster.tls.certificate import read_pair
+from cluster.tls.proxy import LOOK_S, TlsProxy, Way
 from tests.tls.certificates import Pair, make_pair
 
 Handle = Callable[[BaseHTTPRequestHandler], None]
@@ -62,9 +62,7 @@ def text(handler: BaseHTTPRequestHandler, body: str) -> None:
 def proxied(pair: Pair, target: int) -> Iterator[int]:
     """The port of a proxy that takes connections."""
     port = free_ports(1)[0]
-    proxy = TlsProxy(
-        pair.certificate, pair.key, Way(f"127.0.0.1:{port}", f"127.0.0.1:{target}"), None, request_timeout_s=30
-    )
+    proxy = TlsProxy(pair.files, "the endpoint", 30, Way(f"127.0.0.1:{port}", f"127.0.0.1:{target}"))
     try:
         assert proxy.fault() is None
         await_port(port)
@@ -205,9 +203,10 @@ def test_it_is_begun_anew_and_ends_with_its_process(pair: Pair) -> None:
     program = f"""
 import threading
 from pathlib import Path
-from serving.tls.proxy import TlsProxy, Way
-TlsProxy(Path({str(pair.certificate)!r}), Path({str(pair.key)!r}),
-         Way("127.0.0.1:{port}", "127.0.0.1:{target}"), None, 30)
+from cluster.tls.certificate import PemFiles
+from cluster.tls.proxy import TlsProxy, Way
+files = PemFiles(Path({str(pair.certificate)!r}), Path({str(pair.key)!r}), "profile.tls")
+TlsProxy(files, "the endpoint", 30, Way("127.0.0.1:{port}", "127.0.0.1:{target}"))
 threading.Event().wait()
 """
     with subprocess.Popen([sys.executable, "-c", program]) as process:
@@ -239,8 +238,8 @@ def haproxy_of(parent: int) -> tuple[int, list[str]]:
 
 
 def test_what_haproxy_does_not_take_is_told(pair: Pair) -> None:
-    proxy = TlsProxy(pair.certificate, pair.key, Way("nowhere.invalid:1", "127.0.0.1:1"), None, 30)
+    proxy = TlsProxy(pair.files, "the endpoint", 30, Way("nowhere.invalid:1", "127.0.0.1:1"))
     fault = proxy.fault()
     proxy.close()
     assert fault is not None and fault.startswith("HAProxy does not take profile.tls: [ALERT]") and "\n" not in fault
-    assert read_pair(pair.certificate, pair.key).trust().verify_mode == ssl.CERT_REQUIRED
+    assert read_pair(pair.files).trust().verify_mode == ssl.CERT_REQUIRED

@@ -3,7 +3,6 @@
 import contextlib
 import ssl
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -11,9 +10,9 @@ import ray
 from cluster.errors import EndpointError
 from cluster.profile import Profile, TlsFiles
 from cluster.session import HEAD, free_ports
+from cluster.tls.certificate import Certificate, PemFiles, read_pair
+from cluster.tls.proxy import TlsProxy, Way
 from serving.config import ServeConfig
-from serving.tls.certificate import Certificate, read_pair
-from serving.tls.proxy import TlsProxy, Way
 
 ON_HEAD = {"num_cpus": 0, "resources": {HEAD: 0.001}}
 T = TypeVar("T")
@@ -23,7 +22,7 @@ def find_certificate(profile: Profile) -> Certificate | None:
     """The profile's certificate, read where the proxy runs. Raises EndpointError, one line, where it cannot be used."""
     if profile.tls is None:
         return None
-    found = _on_head(profile, _look, profile.tls.certificate_path, profile.tls.key_path)
+    found = _on_head(profile, _look, _pem(profile.tls))
     if isinstance(found, str):
         raise EndpointError(found)
     return found
@@ -72,11 +71,12 @@ def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[Se
         ray.remote(TlsProxy)
         .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
         .remote(
-            files.certificate_path,
-            files.key_path,
+            _pem(files),
+            "the endpoint",
+            # The endpoint's own deadline comes first.
+            config.request_timeout_s + 10,
             Way(_place(config.host, config.port), _place(host, port)),
             grpc,
-            config.request_timeout_s,
         )
     )
     try:
@@ -91,9 +91,13 @@ def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[Se
         ray.kill(proxy)
 
 
-def _look(certificate: Path, key: Path) -> Certificate | str:
+def _pem(files: TlsFiles) -> PemFiles:
+    return PemFiles(files.certificate_path, files.key_path, "profile.tls")
+
+
+def _look(files: PemFiles) -> Certificate | str:
     try:
-        return read_pair(certificate, key)
+        return read_pair(files)
     except EndpointError as error:
         return str(error)
 

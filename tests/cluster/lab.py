@@ -1,0 +1,81 @@
+"""A cluster of helio on machines of their own, and two beside it from which jobs are submitted and followed."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.cluster.namespaces import BIN, Machine, machines
+
+PROFILE = "lab.yaml"
+CERTIFICATE = Path(".helio/dashboards/lab/certificate.pem")
+TOKEN = Path(".ray/auth_token")
+
+
+@dataclass
+class Lab:
+    """The machines; each has the profile in its home directory, and those that joined have the token."""
+
+    head: Machine
+    workers: list[Machine]
+    client: Machine
+    other: Machine
+    """Of another user, who has the token, too."""
+    storage: Path
+    cpus: int
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def write_profile(self, machine: Machine, **fields: Any) -> None:
+        """Write the cluster's profile, changed by `fields`, into a machine's home directory."""
+        document = {
+            "name": "lab",
+            "address": f"{self.head.address}:6379",
+            "dashboard": f"https://{self.head.address}:8265",
+            "auth_mode": "token",
+            "storage": str(self.storage),
+            **self.fields,
+            **fields,
+        }
+        (machine.home / PROFILE).write_text(yaml.safe_dump(document))
+
+    def helio(self, machine: Machine, *words: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        """`helio WORDS --profile …` there, to its end."""
+        return machine.run(str(BIN / "helio"), *words, "--profile", PROFILE, more=more, within_s=1800)
+
+    def start(self, machine: Machine, *words: str) -> "subprocess.Popen[str]":
+        """The same, begun only."""
+        return machine.start(str(BIN / "helio"), *words, "--profile", PROFILE)
+
+    def trust(self, machine: Machine) -> None:
+        """Copy the token and the dashboard's certificate there from the head node, as a user would."""
+        for file in (TOKEN, CERTIFICATE):
+            (machine.home / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.head.home / file, machine.home / file)
+
+    def join(self, machine: Machine) -> None:
+        """Make a machine a node."""
+        self.write_profile(machine)
+        self.trust(machine)
+        done = self.helio(machine, "cluster", "join", f"--cpus={self.cpus}", "--gpus=0")
+        assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def lab(workers: int, directory: Path, cpus: int, **fields: Any) -> Iterator[Lab]:
+    """A head node and so many workers, of `cpus` logical CPUs each, and two clients; `fields` are the profile's."""
+    with machines(workers + 3, directory) as (head, client, other, *others):
+        found = Lab(head, others, client, other, directory / "storage", cpus, fields)
+        found.write_profile(head)
+        up = found.helio(head, "cluster", "up", f"--cpus={cpus}", "--gpus=0")
+        assert up.returncode == 0, up.stderr
+        for machine in others:
+            found.join(machine)
+        for machine in (client, other):
+            found.write_profile(machine)
+            found.trust(machine)
+        yield found
