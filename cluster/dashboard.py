@@ -98,7 +98,6 @@ class Dashboard:
         ]
 
     def _token(self) -> str:
-        """As Ray finds it: in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, in TOKEN_FILE."""
         place = urlsplit(self.address)
         if place.scheme == "http" and not is_loopback(place.hostname or ""):
             raise HelioError(
@@ -106,19 +105,7 @@ class Dashboard:
                 f"https://, or a tunnel (`ssh -L 8265:localhost:{place.port or 80} {place.hostname}`) and dashboard: "
                 "http://127.0.0.1:8265"
             )
-        if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-            return token
-        path = token_path()
-        try:
-            token = path.read_text().strip()
-        except OSError as error:
-            raise HelioError(
-                f"profile {self._name} wants a token (auth_mode: token) and {path} cannot be read ({error.strerror}): "
-                "put the cluster's token there, or name its file in RAY_AUTH_TOKEN_PATH"
-            ) from None
-        if not token:
-            raise HelioError(f"profile {self._name} wants a token (auth_mode: token) and {path} is empty: put it there")
-        return token
+        return read_token(self._name)
 
     def _refused(self, status: int) -> HelioError:
         if not self._headers:
@@ -180,6 +167,26 @@ def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     check_capacity(profile, kinds, cpus, gpus, f"the cluster of {len(nodes)} nodes")
     check_nodes(profile, kinds, [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes])
+
+
+def read_token(profile: str) -> str:
+    """As Ray finds it: in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, in TOKEN_FILE.
+
+    Raises HelioError where the profile of this name wants one and there is none.
+    """
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    path = token_path()
+    try:
+        token = path.read_text().strip()
+    except OSError as error:
+        raise HelioError(
+            f"profile {profile} wants a token (auth_mode: token) and {path} cannot be read ({error.strerror}): put the "
+            "cluster's token there, or name its file in RAY_AUTH_TOKEN_PATH"
+        ) from None
+    if not token:
+        raise HelioError(f"profile {profile} wants a token (auth_mode: token) and {path} is empty: put it there")
+    return token
 
 
 def token_path() -> Path:

@@ -1,7 +1,7 @@
 """This machine as a node of a Ray cluster: `helio cluster up`, `join`, `status` and `down`.
 
     helio cluster up --profile lab.yaml        # on the head node, whose address the profile names
-    helio cluster join --profile lab.yaml      # on every other machine
+    helio cluster join --profile lab.yaml      # on every other machine that is not one of the profile's `machines`
     helio cluster down --profile lab.yaml      # on each, the head node last
 
 A node is one process of `ray start --block` in the background, and where its dashboard speaks HTTPS one that holds the
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
+from cluster import machines
 from cluster.background import Process, begin
 from cluster.dashboard import Dashboard, is_loopback, token_path
 from cluster.errors import HelioError
@@ -53,7 +54,9 @@ def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Ou
     """Start the head node here."""
     host, port = _place(profile)
     dashboard = _dashboard_place(profile, host)
-    _refuse_second(profile)
+    if _is_up(profile, "head", output):
+        machines.join(profile, output)
+        return 0
     if (fault := _bind_fault(str(dashboard.hostname), int(dashboard.port or 0))) is not None:
         raise HelioError(
             f"profile {profile.name}: {profile.dashboard} cannot be opened here ({fault}): set dashboard to an address "
@@ -70,13 +73,15 @@ def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Ou
     print(
         f"helio: the head node is up at {profile.address}, its dashboard at {profile.dashboard}", file=output.messages
     )
+    machines.join(profile, output)
     return 0
 
 
 def join_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Output") -> int:
     """Make this machine a worker node of a cluster that is up."""
     _place(profile)
-    _refuse_second(profile)
+    if _is_up(profile, "worker", output):
+        return 0
     _start(profile, "worker", [f"--address={profile.address}"], cpus, gpus)
     print(f"helio: this machine is a node of the cluster at {profile.address}", file=output.messages)
     return 0
@@ -97,13 +102,17 @@ def status_command(profile: Profile, as_json: bool, output: "Output") -> int:
 
 
 def down_command(profile: Profile, output: "Output") -> int:
-    """End this machine's node in order."""
+    """End this machine's node in order; the head node's comes after those of the profile's machines."""
     record = _read(profile)
     if record is None or not record.node.is_up:
         raise HelioError(f"no node of profile {profile.name} was started on this machine by `helio cluster`")
-    _end(record)
-    _path(profile).unlink()
-    print(f"helio: the {record.role} node of this machine has ended", file=output.messages)
+    try:
+        if record.role == "head":
+            machines.leave(profile, output)
+    finally:
+        _end(record)
+        _path(profile).unlink()
+        print(f"helio: the {record.role} node of this machine has ended", file=output.messages)
     return 0
 
 
@@ -175,12 +184,16 @@ def _speaks_tls(host: str, port: int, context: ssl.SSLContext) -> bool:
         return False
 
 
-def _refuse_second(profile: Profile) -> None:
+def _is_up(profile: Profile, role: str, output: "Output") -> bool:
+    """Whether this machine is such a node of the profile's cluster. Raises HelioError where it is another."""
     known = _read(profile)
-    if known is not None and known.node.is_up:
-        raise HelioError(
-            f"this machine is a {known.role} node of {known.address} already: `helio cluster down` ends it"
-        )
+    if known is None or not known.node.is_up:
+        return False
+    said = f"this machine is a {known.role} node of the cluster at {known.address} already"
+    if (known.role, known.address) != (role, profile.address):
+        raise HelioError(f"{said}: `helio cluster down` ends it")
+    print(f"helio: {said}", file=output.messages)
+    return True
 
 
 def _agent_port() -> int:

@@ -111,6 +111,17 @@ class ReplicaResources(Section):
     threads: int = Field(default=1, ge=1)
 
 
+class Machines(Section):
+    """Machines that `helio cluster up` makes nodes, over ssh."""
+
+    hosts: list[Annotated[str, Field(pattern=r"^([A-Za-z0-9._-]+@)?[A-Za-z0-9][A-Za-z0-9.:_-]*$")]] = Field(
+        min_length=1
+    )
+    """[user@]host, as ssh reaches them without asking."""
+    helio: str | None = Field(default=None, pattern=r"^/")
+    """The helio command on them; none: under the same path as here."""
+
+
 class QueueSettings(Section):
     """How the runs of a profile share a cluster with others, where they are submitted to it."""
 
@@ -179,6 +190,8 @@ class Profile(Section):
     data: DataResources = DataResources()
     trials: TrialResources = TrialResources()
     replicas: ReplicaResources = ReplicaResources()
+    machines: Machines | None = None
+    """Besides the head node; none: each is told to join by hand."""
     queue: QueueSettings = QueueSettings()
     retries: StageRetries = StageRetries()
     tls: TlsFiles | None = None
@@ -218,6 +231,14 @@ class Profile(Section):
             raise ValueError(
                 "dashboard_tls is of a cluster that `helio cluster up` starts, with dashboard: https://HOST:8265: "
                 f"leave it out, got dashboard {self.dashboard!r}{' and nodes' if self.nodes else ''}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _machines_have_a_head(self) -> "Profile":
+        if self.machines is not None and (self.address is None or self.nodes is not None):
+            raise ValueError(
+                "machines are of a cluster with an address that `helio cluster up` starts: give the head's"
             )
         return self
 

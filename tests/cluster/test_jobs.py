@@ -178,19 +178,41 @@ def stage_process(job: str) -> int:
     raise AssertionError(f"no stage of {job} goes on")
 
 
-def test_another_node_joins_and_leaves(cluster: Cluster) -> None:
-    # A node's record is kept under the profile's name: under another one this machine is two nodes.
-    second = cluster.profile("second")
-    joined = cluster.helio("cluster", "join", "--profile", second, "--cpus", "1", "--gpus", "0")
-    assert joined.returncode == 0, joined.stderr
-    again = cluster.helio("cluster", "join", "--profile", second)
-    assert again.returncode == 2 and "is a worker node" in again.stderr
-    status = json.loads(cluster.helio("cluster", "status", "--profile", second, "--json").stdout)
-    assert sorted((node["is_head"], node["cpus"]) for node in status["nodes"]) == [(False, 1.0), (True, 2.0)]
-    assert status["here"] == "worker"
-    assert cluster.helio("cluster", "down", "--profile", second).returncode == 0
-    gone = cluster.helio("cluster", "down", "--profile", second)
-    assert gone.returncode == 2 and "no node of profile second" in gone.stderr
+SSH = """#!/bin/sh
+# ssh OPTIONS -- HOST COMMAND, where this machine is every host that has a home below this script's directory.
+while [ "$1" != "--" ]; do shift; done
+cd "$(dirname "$0")/$2" || exit 255
+unset RAY_AUTH_TOKEN
+HOME="$PWD" exec sh -c "$3"
+"""
+
+
+def test_up_makes_the_machines_of_the_profile_nodes_over_ssh(cluster: Cluster) -> None:
+    stand_in = cluster.directory / "ssh" / "ssh"
+    (stand_in.parent / "second").mkdir(parents=True)
+    stand_in.write_text(SSH)
+    stand_in.chmod(0o755)
+    path = f"{stand_in.parent}{os.pathsep}{cluster.environment['PATH']}"
+    # The head node is up: another `up` brings in what is missing.
+    both = cluster.profile(machines={"hosts": ["second", "nowhere"]})
+    up = cluster.helio("cluster", "up", "--profile", both, PATH=path)
+    assert up.returncode == 2
+    said = up.stderr.splitlines()
+    assert "head node of the cluster" in said[0] and "already" in said[0]
+    assert said[1] == f"second: this machine is a node of the cluster at {cluster.address}"
+    assert said[2].startswith("nowhere: ") and said[3] == "helio: 1 of 2 machines have not done it: nowhere"
+    profile = cluster.profile(machines={"hosts": ["second"]})
+    again = cluster.helio("cluster", "up", "--profile", profile, PATH=path)
+    assert again.returncode == 0 and "second: this machine is a worker node" in again.stderr
+    status = json.loads(cluster.helio("cluster", "status", "--profile", profile, "--json").stdout)
+    assert sorted(node["is_head"] for node in status["nodes"]) == [False, True] and status["here"] == "head"
+    files = stand_in.parent / "second" / ".helio" / "nodes"
+    assert (files / "mine.token").read_text() == TOKEN and (files / "mine.token").stat().st_mode & 0o077 == 0
+    words = ("cluster", "down", "--profile", str(files / "mine.yaml"))
+    assert cluster.helio(*words, HOME=str(stand_in.parent / "second")).returncode == 0
+    gone = cluster.helio(*words, HOME=str(stand_in.parent / "second"))
+    assert gone.returncode == 2 and "no node of profile mine" in gone.stderr
+    cluster.profile()
 
 
 @pytest.mark.parametrize(
