@@ -124,6 +124,9 @@ def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus
     command = [ray, "start", "--block", "--disable-usage-stats", agent, *words, *counts]
     environment = {**os.environ, **session_environment(profile)}
     environment.pop("RAY_ADDRESS", None)
+    if role == "head":
+        # A worker node's replicas and actors move to others before it ends, for up to 30 s; without a head all end.
+        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
     process, begun = begin(command, environment, log)
     record = Record(role, str(profile.address), str(log), begun)
     write_json(_path(profile), asdict(record))
