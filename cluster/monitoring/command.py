@@ -1,13 +1,14 @@
 """`helio cluster monitoring`: write what Prometheus and Grafana start with.
 
-helio cluster monitoring --profile lab.yaml -o monitoring
-helio cluster monitoring photos serve.port=8001 --profile lab.yaml -o monitoring
+    helio cluster monitoring --profile lab.yaml -o monitoring
+    helio cluster monitoring photos serve.port=8001 --profile lab.yaml -o monitoring
 
-DIR/
-    prometheus.yml, rules.yml     where the cluster is a profile's address
-    monitoring.yaml               where it is in Kubernetes: for the Prometheus Operator, and dashboards for Grafana
-    grafana/provisioning/         the data source and where the dashboards lie
+In the directory are then
+
+    prometheus.yml, rules.yml     where the profile has the address of a cluster
+    grafana/provisioning/         beside them: the data source, and where the dashboards lie
     grafana/dashboards/
+    monitoring.yaml               instead of all these where the cluster is one in Kubernetes
 """
 
 import json
