@@ -10,6 +10,7 @@ from cluster.parser import UNTIL
 if TYPE_CHECKING:
     from cluster.output import Output
     from cluster.profile import Profile
+    from cluster.recipe import Recipe
 
 JOBS = ("submit", "jobs", "status", "logs", "wait", "stop", "resubmit")
 """Those that speak with the cluster of a profile."""
@@ -81,15 +82,19 @@ def cluster(arguments: argparse.Namespace, output: "Output") -> int:
     """`helio cluster`."""
     if arguments.action == "manifest":
         return _manifest(arguments, output)
+    if arguments.action == "monitoring":
+        return _monitoring(arguments, output)
     profile = profile_alone(arguments, f"cluster {arguments.action}")
     more = [getattr(arguments, name) for name in ("cpus", "gpus", "json") if hasattr(arguments, name)]
     code: int = catalog.load(f"cluster.machine:{arguments.action}_command")(profile, *more, output)
     return code
 
 
-def _manifest(arguments: argparse.Namespace, output: "Output") -> int:
+def _described(arguments: argparse.Namespace) -> tuple["Profile", "Recipe | None"]:
+    """The profile, and the recipe where one is named."""
     from cluster.recipe import load_recipe
 
+    command = f"helio cluster {arguments.action}"
     # An override may stand where the recipe would.
     if arguments.recipe and "=" in arguments.recipe:
         arguments.overrides.insert(0, arguments.recipe)
@@ -99,10 +104,21 @@ def _manifest(arguments: argparse.Namespace, output: "Output") -> int:
         # argparse takes what stands behind an option for an override.
         arguments.recipe = overrides.pop(0)
     if profile is None:
-        raise HelioError("helio cluster manifest needs --profile: a file that describes the cluster")
+        raise HelioError(f"{command} needs --profile: a file that describes the cluster")
     if overrides and not arguments.recipe:
         raise HelioError(f"{overrides[0]} is an override of a recipe: name the recipe, too")
-    recipe = load_recipe(arguments.recipe, overrides) if arguments.recipe else None
+    return profile, load_recipe(arguments.recipe, overrides) if arguments.recipe else None
+
+
+def _manifest(arguments: argparse.Namespace, output: "Output") -> int:
+    profile, recipe = _described(arguments)
     command = catalog.load("cluster.manifest:manifest_command")
     code: int = command(profile, arguments.kind, recipe, arguments.output, output)
+    return code
+
+
+def _monitoring(arguments: argparse.Namespace, output: "Output") -> int:
+    profile, recipe = _described(arguments)
+    command = catalog.load("cluster.monitoring.command:monitoring_command")
+    code: int = command(profile, recipe, arguments.output, output)
     return code

@@ -98,13 +98,7 @@ class Dashboard:
         ]
 
     def _token(self) -> str:
-        place = urlsplit(self.address)
-        if place.scheme == "http" and not is_loopback(place.hostname or ""):
-            raise HelioError(
-                f"profile {self._name}: the token would go to {self.address} for everybody on the way to read: use "
-                f"https://, or a tunnel (`ssh -L 8265:localhost:{place.port or 80} {place.hostname}`) and dashboard: "
-                "http://127.0.0.1:8265"
-            )
+        check_unheard(self._name, self.address)
         return read_token(self._name)
 
     def _refused(self, status: int) -> HelioError:
@@ -167,6 +161,16 @@ def check_room(profile: Profile, kinds: list[str], nodes: list[Node]) -> None:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     check_capacity(profile, kinds, cpus, gpus, f"the cluster of {len(nodes)} nodes")
     check_nodes(profile, kinds, [{"CPU": node.cpus, "GPU": node.gpus} for node in nodes])
+
+
+def check_unheard(name: str, address: str) -> None:
+    """Raise HelioError where the token that a dashboard wants of profile `name` could be read on the way there."""
+    place = urlsplit(address)
+    if place.scheme == "http" and not is_loopback(place.hostname or ""):
+        raise HelioError(
+            f"profile {name}: the token would go to {address} for everybody on the way to read: use https://, or a "
+            f"tunnel (`ssh -L 8265:localhost:{place.port or 80} {place.hostname}`) and dashboard: http://127.0.0.1:8265"
+        )
 
 
 def read_token(profile: str) -> str:

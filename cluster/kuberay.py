@@ -19,6 +19,11 @@ Object = dict[str, Any]
 
 DASHBOARD_PORT, AGENT_PORT, GCS_PORT = 8265, 52365, 6379
 """Ray's own."""
+METRICS = "metrics"
+"""The port, by name, where a node tells its metrics and those of what runs on it."""
+METRICS_PORTS = {METRICS: 8080}
+HEADS_METRICS_PORTS = {"as-metrics": 44217, "dash-metrics": 44227}
+"""Of the autoscaler and the dashboard, beside the node's."""
 OBJECT_STORE_SHARE = 0.3
 """Of a node's memory: Ray's default."""
 SHARED_MEMORY_MB = 256
@@ -121,15 +126,13 @@ class KubernetesCluster:
     def _head(self) -> Object:
         head = self.nodes.head
         container = self._container("ray-head", head)
-        container["ports"] = [
-            {"name": name, "containerPort": port}
-            for name, port in {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, **self.ports}.items()
-        ]
+        ray = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, **HEADS_METRICS_PORTS}
+        container["ports"] += _ports({**ray, **self.ports})
         pod = self._pod(head, container)
         annotations = {"annotations": {"helio/serves": self.serves}} if self.serves else {}
         return {
             "serviceType": "ClusterIP",
-            "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", "num-gpus": "0", **_object_store(head)},
+            "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0", "num-gpus": "0", **_start(head)},
             "template": {"metadata": {"labels": self._labels(), **annotations}, "spec": pod},
         }
 
@@ -148,7 +151,7 @@ class KubernetesCluster:
         labels = {"ray.io/market-type": "spot" if group.spot else "on-demand"}
         if group.accelerator:
             labels["ray.io/accelerator-type"] = group.accelerator
-        start = {"num-cpus": str(group.cpus), "num-gpus": str(group.gpus), **_object_store(group)}
+        start = {"num-cpus": str(group.cpus), "num-gpus": str(group.gpus), **_start(group)}
         if group.resources:
             # Ray's command line is put together by a shell.
             start["resources"] = f"'{json.dumps(group.resources)}'"
@@ -176,6 +179,7 @@ class KubernetesCluster:
             "livenessProbe": {"initialDelaySeconds": 30, **_probe(AGENT_PORT, "/api/healthz", 60)},
             "readinessProbe": {"initialDelaySeconds": 10, **_probe(AGENT_PORT, "/api/healthz", 3)},
             "securityContext": _container_security(),
+            "ports": _ports(METRICS_PORTS),
             "volumeMounts": [
                 {"name": "storage", "mountPath": self.profile.storage},
                 {"name": "shared-mem", "mountPath": "/dev/shm"},
@@ -235,6 +239,10 @@ class KubernetesCluster:
             rules.append({"from": [_peer(p) for p in self.place.dashboard_from], "ports": _tcp(DASHBOARD_PORT)})
         if self.place.endpoint_from and endpoint:
             rules.append({"from": [_peer(p) for p in self.place.endpoint_from], "ports": _tcp(*endpoint)})
+        if self.place.monitoring is not None:
+            prometheus = [_peer(Peer(namespace=self.place.monitoring.namespace))]
+            metrics = _tcp(*METRICS_PORTS.values(), *HEADS_METRICS_PORTS.values(), *endpoint)
+            rules.append({"from": prometheus, "ports": metrics})
         return {"podSelector": own["podSelector"], "policyTypes": ["Ingress"], "ingress": rules}
 
     def _environment(self) -> list[Object]:
@@ -296,8 +304,14 @@ def _object_store_mb(node: Node) -> int:
     return int(_megabytes(node.memory_gb) * OBJECT_STORE_SHARE)
 
 
-def _object_store(node: Node) -> dict[str, str]:
-    return {"object-store-memory": str(_object_store_mb(node) * 2**20)}
+def _start(node: Node) -> dict[str, str]:
+    """Of every node's `ray start`."""
+    store = _object_store_mb(node) * 2**20
+    return {"object-store-memory": str(store), "metrics-export-port": str(METRICS_PORTS[METRICS])}
+
+
+def _ports(ports: Mapping[str, int]) -> list[Object]:
+    return [{"name": name, "containerPort": port} for name, port in ports.items()]
 
 
 def _toleration(text: str) -> Object:

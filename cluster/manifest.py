@@ -82,18 +82,18 @@ def _objects(profile: Profile, nodes: Nodes, place: Kubernetes, kind: str, recip
         return [*cluster.beside(), cluster.ray_cluster()]
     if recipe is None:
         raise HelioError(f"helio cluster manifest --kind {kind} needs a recipe (`helio recipes` lists some)")
-    name = _name(profile, recipe)
+    name = cluster_name(profile, recipe)
     if kind == "rayjob":
         catalog.load("serving.service:check_run")(section, profile.secrets)
         within = profile.model_copy(update={"address": "auto"})
         cluster = KubernetesCluster(name, profile, nodes, place, on_every_node, ports)
-        files = (_dump(recipe.to_dict()), _dump(within.model_dump(exclude_unset=True)))
+        files = (dump_yaml(recipe.to_dict()), dump_yaml(within.model_dump(exclude_unset=True)))
         return [*cluster.beside(), *cluster.ray_job(*files)]
     config = catalog.load("serving.service:serve_config")(recipe, profile)
     # No command of helio connects and brings them.
     variables |= environment(recipe, [stage for stage in catalog.STAGES if stage.name == "deploy"])
     cluster = KubernetesCluster(name, profile, nodes, place, variables, ports, digest(config))
-    return [*cluster.beside(), cluster.ray_service(_dump(config))]
+    return [*cluster.beside(), cluster.ray_service(dump_yaml(config))]
 
 
 def _ports(serve: dict[str, Any]) -> dict[str, int]:
@@ -101,7 +101,8 @@ def _ports(serve: dict[str, Any]) -> dict[str, int]:
     return {name: port for name, port in (("serve", serve["port"]), ("grpc", serve["grpc_port"])) if port is not None}
 
 
-def _name(profile: Profile, recipe: "Recipe") -> str:
+def cluster_name(profile: Profile, recipe: "Recipe") -> str:
+    """Of a RayJob or a RayService, and of all that belongs to it. Raises HelioError where KubeRay would not take it."""
     name = f"{profile.name}-{recipe.name}".replace("_", "-").rstrip("-")
     if len(name) > LONGEST_NAME:
         raise HelioError(
@@ -129,7 +130,7 @@ def _wants(profile: Profile, place: Kubernetes) -> list[str]:
 
 def _text(profile: Profile, wants: Sequence[str], documents: Sequence[Object]) -> str:
     head = [f"# Cluster of profile {profile.name}, for Ray {metadata.version('ray')}. It needs:"]
-    return "\n".join([*head, *(f"# - {want}" for want in wants), ""]) + "---\n".join(map(_dump, documents))
+    return "\n".join([*head, *(f"# - {want}" for want in wants), ""]) + "---\n".join(map(dump_yaml, documents))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -146,5 +147,6 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _dump(value: object) -> str:
+def dump_yaml(value: object) -> str:
+    """Plain data as YAML, in its own order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)

@@ -183,6 +183,17 @@ class Redis(Section):
     key: str = "password"
 
 
+class Monitoring(Section):
+    """The Prometheus of the Prometheus Operator that is to watch the cluster (`helio cluster monitoring`)."""
+
+    namespace: ObjectName = "monitoring"
+    """Where it runs: pods of this namespace get at the metrics, and nobody else outside the cluster."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """By which it finds what it is to watch, as {release: prometheus}."""
+    endpoint_secret: ObjectName | None = None
+    """The Secret whose key `key` is an API key of the endpoint with the scope status, where it wants keys."""
+
+
 class Kubernetes(Section):
     """A namespace where the KubeRay operator makes clusters."""
 
@@ -205,6 +216,7 @@ class Kubernetes(Section):
     """Who reaches the dashboard and the Jobs API, beside the cluster and the operator."""
     endpoint_from: list[Peer] = Field(default_factory=list)
     """Who reaches the endpoint."""
+    monitoring: Monitoring | None = None
 
     def check(self, nodes: Nodes, secrets: Sequence[str], image: str | None) -> None:
         """Raise ValueError for what a cluster in Kubernetes lacks, or what means nothing there."""

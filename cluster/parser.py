@@ -231,15 +231,23 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
             action.add_argument("--json", action="store_true", help="print one JSON document")
     text = "write a profile's cluster for KubeRay or for Ray's cluster launcher"
     manifest = actions.add_parser("manifest", help=text, description=f"{text[0].upper()}{text[1:]}.")
-    manifest.add_argument("recipe", nargs="?", metavar="RECIPE", help="of a rayjob or a rayservice")
-    manifest.add_argument("overrides", nargs="*", metavar="section.key=value")
-    manifest.add_argument("--profile", metavar="FILE", help="the profile that describes the cluster")
+    _add_described(manifest, "of a rayjob or a rayservice")
     manifest.add_argument(
         "--kind",
         choices=("raycluster", "rayjob", "rayservice", "launcher"),
         help="rayjob runs the recipe, rayservice serves its champion (default: raycluster or launcher)",
     )
     manifest.add_argument("-o", "--output", metavar="FILE", help="write to this file")
+    text = "write what Prometheus and Grafana start with to watch a profile's cluster"
+    monitoring = actions.add_parser("monitoring", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    _add_described(monitoring, "whose endpoint is watched, too")
+    monitoring.add_argument("-o", "--output", metavar="DIR", required=True, help="write into this directory")
+
+
+def _add_described(command: argparse.ArgumentParser, recipe: str) -> None:
+    command.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe)
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("--profile", metavar="FILE", help="the profile that describes the cluster")
 
 
 def _add_runs(command: argparse.ArgumentParser) -> None:

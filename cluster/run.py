@@ -13,6 +13,7 @@
 
 import datetime
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ from cluster import catalog
 from cluster.code import code_digest, code_version
 from cluster.cost import Attempt, Meter, total, totals, utc_now
 from cluster.errors import HelioError
+from cluster.metrics import Metrics
 from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import Recipe, build_recipe
@@ -60,6 +62,11 @@ class Run:
     def storage(self) -> Path:
         """The workspace: data sets, runs, bundles and the registry."""
         return self.profile.storage_path
+
+    @functools.cached_property
+    def metrics(self) -> Metrics:
+        """Where its stages record what Prometheus is to know."""
+        return Metrics(self.name, self.recipe.name)
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """The recorded result of a finished stage, or None."""
@@ -93,7 +100,7 @@ class Run:
     def carry_out(self, stage: catalog.Stage) -> dict[str, Any]:
         """Run a stage and record its result."""
         started = time.monotonic()
-        with self.metered(stage.name):
+        with self.metered(stage.name), self.metrics.stage(stage.name):
             result: dict[str, Any] = catalog.load(stage.target)(self)
         record = {
             "result": result,

@@ -13,7 +13,8 @@ import datetime
 import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -47,6 +48,8 @@ SPOOL_FIELDS = {
 """What the spool depends on."""
 PLAN_FIELDS = {"validation_fraction", "test_fraction", "rows_per_shard", "rows_per_group"}
 """What the shards depend on besides."""
+MOST_REASONS = 20
+"""Kinds of rejection that are counted apart for Prometheus."""
 
 
 def preflight(recipe: Recipe, profile: Profile) -> None:
@@ -81,6 +84,8 @@ def _ingest(run: Run, config: DataConfig, source: Source, work: Path) -> Path:
     (planned,) = run_tasks(
         lambda _: plan_dataset(work, keys, config, seed, multi_label, plan), lambda: [None], run.profile.data
     )
+    for reason, count in _kinds(planned.manifest["reasons"]).items():
+        run.metrics.count("helio_ingest_rejected_total", count, reason=reason)
     manifest = {
         "format": FORMAT,
         "name": run.recipe.name,
@@ -121,6 +126,7 @@ def _spool(run: Run, config: DataConfig, source: Source, work: Path) -> list[Spo
     with run.progress.task("verify", None, "images") as task:
         for part in run_tasks(lambda part: spool_part(work, part, config), source.parts, run.profile.data):
             parts.append(part)
+            run.metrics.count("helio_ingest_images_total", part.read)
             read, rejected = read + part.read, rejected + part.rejected
             task.update(read, rejected=rejected)
     return parts
@@ -139,9 +145,21 @@ def _fill(
             run.profile.data,
         ):
             shards.append(shard)
+            run.metrics.count("helio_ingest_written_total", shard["rows"])
             done += shard["rows"]
             task.update(done)
     return shards
+
+
+def _kinds(reasons: Mapping[str, int]) -> Counter[str]:
+    """Reasons without what a library has to say of each image, and of these the most frequent: labels are few."""
+    kinds: Counter[str] = Counter()
+    for reason, count in reasons.items():
+        kinds[reason.partition(":")[0]] += count
+    frequent = Counter(dict(kinds.most_common(MOST_REASONS)))
+    if rest := kinds.total() - frequent.total():
+        frequent["other"] += rest
+    return frequent
 
 
 def _unchanged(run: Run, config: DataConfig, source: Source) -> Path | None:

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.errors import CapacityError, DataError, HelioError
+from cluster.metrics import Metrics
 from cluster.plan import preflight
 from cluster.profile import Profile
 from cluster.progress import RunProgress
@@ -207,11 +208,14 @@ def predict_parts(
         )
     )
     tally, started = Tally(), time.monotonic()
+    metrics = Metrics("predict", str(bundle.manifest.get("name", "")))
     with progress.task("predict", total, "images") as task:
         for batch in messages.iter_batches(batch_size=None, batch_format="pyarrow"):
-            before = tally.done
+            before, failed = tally.done, tally.failed
             for message in batch.column("message").to_pylist():
                 tally.take(pickle.loads(message))
+            metrics.count("helio_predict_images_total", tally.done - before)
+            metrics.count("helio_predict_failed_total", tally.failed - failed)
             if tally.done > before:
                 task.update(tally.done, failed=tally.failed)
     seconds = time.monotonic() - started

@@ -21,12 +21,13 @@ from cluster.run import Run, write_json
 from cluster.session import interruptible
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
-from jobs.data.order import training_order
+from jobs.data.order import Order, training_order
 from jobs.model.config import ModelConfig
 from jobs.tracking import Tracker
 from jobs.training.capacity import train_with_what_is_there
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.counting import PretrainMetrics
 from jobs.training.initial import check_initial
 from jobs.training.keeper import CheckpointStore
 
@@ -149,7 +150,7 @@ def _train(
     record = store.directory.with_name("remedies.json")
     remedies: list[Remedy] = json.loads(record.read_text()) if record.exists() else []
     while True:
-        outcome = _attempt(run, config, dataset, tracker, steps, remedies)
+        outcome = _attempt(run, config, dataset, tracker, order, remedies)
         if outcome.stopped is None:
             break
         _raise_what_no_remedy_mends(run, dataset, outcome.stopped)
@@ -190,7 +191,7 @@ def _raise_what_no_remedy_mends(run: Run, dataset: Dataset, stopped: Event) -> N
 
 
 def _attempt(
-    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, steps: int, remedies: list[Remedy]
+    run: Run, config: PretrainConfig, dataset: Dataset, tracker: Tracker, order: Order, remedies: list[Remedy]
 ) -> _Outcome:
     """Start the workers, and listen to them until they have ended."""
     import ray
@@ -202,11 +203,14 @@ def _attempt(
 
     resources = run.profile.train
     outcome = _Outcome()
-    with run.progress.task("pre-train", steps * config.global_batch_size, "images") as task:
+    counted = PretrainMetrics(run.metrics, order, len(remedies))
+    images = total_steps(order, config) * config.global_batch_size
+    with run.progress.task("pre-train", images, "images") as task:
 
         def handle(event: Event) -> None:
             kind, step = event.pop("kind"), event.pop("step")
             outcome.is_training |= kind == "step"
+            counted.add(kind, step, event)
             if kind in ("diverged", "collapsed", "corrupt", "stopped"):
                 outcome.stopped = {"kind": kind, "step": step, **event}
             elif kind == "corrupt_image":

@@ -32,6 +32,8 @@ class Told:
     """running, complete, pruned, failed, or again for one that will be begun again."""
     cause: str = ""
     """Of a failure, or why a trial was pruned before it had trained."""
+    seconds: float = 0.0
+    """That the epoch took."""
 
 
 NAME = "slots"
@@ -173,7 +175,7 @@ class _Bridge:
             self.ledger.span(number, slot, self._began[trial_id])
             (self.ledger.complete if epoch.last else self.ledger.prune)(number)
             del self.running[trial_id]
-        self._tell(Told(assignment, epoch, outcome))
+        self._tell(Told(assignment, epoch, outcome, seconds=result["busy_s"]))
         self.spent = self._spent()
         return outcome != "running"
 

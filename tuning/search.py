@@ -28,6 +28,7 @@ from jobs.training.config import OF_PRETRAINED, FinetuneConfig
 from jobs.training.finetune import Start
 from tuning import first
 from tuning.config import SCRATCH, TuneConfig, split
+from tuning.counting import SearchMetrics
 from tuning.engine import Told, run_trials
 from tuning.insight import front_of, settings_of, winner_of
 from tuning.ledger import Ledger, failures_of, params_of
@@ -162,6 +163,7 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
 
     run, config, stage, resources = what.run, what.config, what.stage, what.run.profile.trials
     table, began = TrialTable(ledger, config.metric), time.monotonic()
+    counted = SearchMetrics(run.metrics, stage, config.metric, ledger.trials())
     lineage = {
         "helio.run": run.name,
         "helio.study": f"{ledger.study.study_name} in {ledger.storage.shown}",
@@ -183,6 +185,7 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
 
         def tell(told: Told) -> None:
             table.add(told)
+            counted.add(told, table.best)
             if told.outcome in ENDS:
                 log(ledger.trials()[told.trial.number])
             if told.outcome in (*ENDS, "again"):

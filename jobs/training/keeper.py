@@ -12,6 +12,7 @@ its own, and would always take up the newest, whole or not.
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from jobs.training.checkpoint import Arrays, Checkpoint, State, delete, read_sta
 
 Tell = Callable[[str], None]
 """Takes one line for the user."""
+
+Written = Callable[[float | None], None]
+"""Takes how long a checkpoint took to be written, s; None: it could not be."""
 
 LOST_IN_A_ROW = 3
 """Checkpoints that may fail to be written, one after another, before training stops: more would be lost with each."""
@@ -128,9 +132,9 @@ class Keeper:
     One that cannot be written (the disk is full) is told of and training goes on: those before it are still there.
     """
 
-    def __init__(self, store: CheckpointStore, keep: int, metric: str | None, tell: Tell) -> None:
+    def __init__(self, store: CheckpointStore, keep: int, metric: str | None, tell: Tell, written: Written) -> None:
         """Keeps the `keep` newest and the best by `metric` (see `score`)."""
-        self.store, self._keep, self._metric, self._tell = store, keep, metric, tell
+        self.store, self._keep, self._metric, self._tell, self._written = store, keep, metric, tell, written
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._lost = 0
@@ -172,7 +176,7 @@ class Keeper:
             self._failure = error
 
     def _published(self, state: State, parts: Mapping[str, Arrays]) -> bool:
-        directory = self.store.directory
+        directory, began = self.store.directory, time.monotonic()
         try:
             write_checkpoint(self.store.path(state.step), state, parts)
         except OSError as error:
@@ -182,8 +186,10 @@ class Keeper:
                 f"({error.strerror or error}, {_free(directory)} bytes free)"
             )
             self._tell(f"  {self._problem}: training goes on, the checkpoints before it are kept")
+            self._written(None)
             return False
         self._lost = 0
+        self._written(time.monotonic() - began)
         return True
 
     def _retire(self, state: State) -> None:

@@ -26,6 +26,7 @@ from jobs.training.average import Average
 from jobs.training.checkpoint import Begun, State
 from jobs.training.checkpointing import LOSS_SCALE, Checkpointing
 from jobs.training.config import PretrainConfig, total_steps
+from jobs.training.counting import PARTS
 from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
 from jobs.training.optimizer import build_optimizer, scaled_rate
@@ -139,10 +140,12 @@ class _Worker:
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
         self.begun = _NOT_BEGUN
+        self.spent = np.zeros(len(PARTS))
+        """Seconds by PARTS of the steps of earlier epochs that this process has made."""
         self.checkpoints = Checkpointing(
             self._parts(),
             store,
-            Keeper(store, config.keep_checkpoints, config.keep_best, self._notify),
+            Keeper(store, config.keep_checkpoints, config.keep_best, self._notify, self._tell_written),
             self.rank,
             self._gather_ints,
             lambda text: self._tell({"kind": "stopped", "text": text}, wait=True),
@@ -168,6 +171,7 @@ class _Worker:
         config, assignment = self.config, self.assignment
         if self.checkpoints.stopped:
             return
+        self._tell({"kind": "began", "workers": self.world})
         if self.step == 0:
             self.untrained = self.probe.figures()
         stream = self._stream()
@@ -181,7 +185,8 @@ class _Worker:
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell_step(_means(figures, since)["loss"])
+                spent = (self.spent + _spent(figures, stream.account)).tolist()
+                self._tell_step({"loss": _means(figures, since)["loss"], "spent_s": spent})
             is_over = bool(self.wish.numpy() > 0)
             too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
             if too_many or (self.step in ends and figures[SKIPPED] == since):
@@ -219,6 +224,7 @@ class _Worker:
                 self.checkpoints.save(functools.partial(self._state, None))
                 if self.checkpoints.stopped or is_over:
                     return
+            self.spent += _spent(figures, stream.account)
             figures, since, started, stream.account = np.zeros(len(FIGURES)), 0, time.monotonic(), Account()
             self.begun = _NOT_BEGUN
         self._tell({"kind": "map", **self.probe.map()}, wait=True)
@@ -350,11 +356,15 @@ class _Worker:
             if wait:
                 ray.get(told)
 
-    def _tell_step(self, loss: float) -> None:
+    def _tell_step(self, figures: dict[str, Any]) -> None:
         """Tell how far training is; what the driver answered the last time may be that it is to end."""
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0] and ray.get(self._answer):
             self.wish.assign(1.0)
-        self._answer = self.assignment.events.put.remote({"step": self.step, "kind": "step", "loss": loss})
+        self._answer = self.assignment.events.put.remote({"step": self.step, "kind": "step", **figures})
+
+    def _tell_written(self, seconds: float | None) -> None:
+        """Tell the driver of a checkpoint, from whatever thread."""
+        ray.get(self.assignment.events.put.remote({"step": self.step, "kind": "checkpoint", "seconds": seconds}))
 
     def _notify(self, text: str) -> None:
         """Tell the user a line, from whatever thread."""
@@ -372,6 +382,11 @@ def _views(assignment: Assignment) -> Views:
     count, local_views = views_of(config)
     area = (config.local_crop_min_area, config.local_crop_max_area)
     return Views(size, count, config.augment, assignment.seed, local_views, config.local_size_for(size), area)
+
+
+def _spent(figures: np.ndarray[Any, Any], account: Account) -> np.ndarray[Any, Any]:
+    """Seconds of an epoch so far by PARTS, on this worker."""
+    return np.append(figures[TIMES], account.waited_s)
 
 
 def _means(figures: np.ndarray[Any, Any], steps: int) -> dict[str, float]:

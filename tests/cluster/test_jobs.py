@@ -8,19 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 import yaml
+from prometheus_client import Gauge
+from ray.autoscaler._private.prom_metrics import AutoscalerPrometheusMetrics
+from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
+from cluster.metrics import FAMILIES
+from cluster.monitoring.command import dashboards, rule_groups
+from cluster.profile import load_profile
+from cluster.recipe import load_recipe
 from cluster.session import free_ports
+from jobs.training.config import PretrainConfig
+from tests.cluster.test_manifest import PROFILES
 from tests.conftest import MakeRun, carry_out
+from tests.expressions import Series, Told, added, check_alerts, check_dashboard, scraped, told_by
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "5a" * 32
+SUFFIX = {"histogram": "_bucket"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,35 @@ class Cluster:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def prometheus(self) -> dict[str, Any]:
+        """The configuration that `helio cluster monitoring` writes for Prometheus."""
+        (self.directory / "token").write_text(f"{TOKEN}\n")
+        words = ("--profile", self.profile(), "-o", "monitoring")
+        done = self.helio("cluster", "monitoring", *words, RAY_AUTH_TOKEN_PATH=str(self.directory / "token"))
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = yaml.safe_load((self.directory / "monitoring" / "prometheus.yml").read_text())
+        return found
+
+    def series(self) -> dict[Series, float]:
+        """What Prometheus would read with it now."""
+        (job,) = self.prometheus()["scrape_configs"]
+        (discovery,) = job["http_sd_configs"]
+        authorization = discovery["authorization"]
+        token = Path(authorization["credentials_file"]).read_text().strip()
+        headers = {"Authorization": f"{authorization['type']} {token}"}
+        (found,) = requests.get(discovery["url"], headers=headers, timeout=30).json()
+        # The first is the node's agent. Two heads on one machine have the same ports for the others.
+        text = requests.get(f"http://{found['targets'][0]}/metrics", timeout=30).text
+        return scraped(text, {**job, "job_name": found["labels"]["job"]})
+
+    def counted(self, run: str) -> dict[str, float]:
+        """What a run has recorded, all series of a name together."""
+        sums: dict[str, float] = defaultdict(float)
+        for (name, labels), value in self.series().items():
+            if ("run", run) in labels:
+                sums[name] += value
+        return sums
 
     def helio(self, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*words, **environment)
@@ -104,6 +148,9 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
     # The run's directory still tells once the cluster is gone.
     alone = cluster.helio("logs", run, "--profile", cluster.profile("gone", dashboard="http://127.0.0.1:9"))
     assert alone.returncode == 0 and "Ingest" in alone.stdout and "connection refused" in alone.stderr
+    counted = cluster.counted(run)
+    assert counted["helio_ingest_images_total"] == counted["helio_ingest_written_total"] == 1797
+    assert counted["helio_stages_total"] == 1
     shown = cluster.helio("status", run, "--profile", profile).stdout
     assert re.search(r"^state +succeeded$", shown, re.MULTILINE)
 
@@ -166,6 +213,49 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     carry_out(fresh, "ingest", "pretrain")
     # One thread a worker and a fixed order of all sums: not close, but the same.
     assert record["result"]["weights_sha256"] == fresh.require("pretrain")["weights_sha256"]
+    finished = json.loads((cluster.directory / "storage" / "runs" / job / "stages" / "pretrain.json").read_text())
+    batch = load_recipe("quickstart").section(PretrainConfig).global_batch_size
+    counted = cluster.counted(job)
+    assert counted["helio_pretrain_images_total"] >= finished["result"]["steps"] * batch
+    assert counted["helio_pretrain_checkpoints_total"] >= 1
+
+
+def test_what_dashboards_and_alerts_ask_for_is_told(cluster: Cluster) -> None:
+    told = {**defined_by_ray(), **told_of_everything(cluster)}
+    assert not [label for labels in told.values() for label in labels if label.startswith("otel_")]
+    (job,) = cluster.prometheus()["scrape_configs"]
+    told = {name: labels | added(job).keys() for name, labels in {**told, "up": set()}.items()}
+    for name in ("runs", "cluster"):
+        check_dashboard(dashboards()[name], told)
+    fleet = load_profile(str(PROFILES / "gpu.yaml"))
+    groups = {group["name"]: group for profile in (fleet, load_profile("local")) for group in rule_groups(profile)}
+    del groups["endpoint"]
+    check_alerts(list(groups.values()), told)
+
+
+def told_of_everything(cluster: Cluster) -> Told:
+    """What the agent tells when a driver has recorded all that helio knows, and a process was lost."""
+    words = [sys.executable, "-m", "tests.cluster.everything_recorded", cluster.address]
+    variables = {**cluster.environment, "RAY_AUTH_MODE": "token", "PYTHONPATH": str(ROOT)}
+    wanted = {f"{name}{SUFFIX.get(family.kind, '')}" for name, family in FAMILIES.items()}
+    wanted.add("ray_node_manager_unexpected_worker_failure_total")
+    with subprocess.Popen(words, env=variables, stdin=subprocess.PIPE) as driver:
+        assert driver.stdin is not None
+        # Ray's processes tell the agent every ten seconds.
+        deadline = time.monotonic() + 60
+        while not wanted <= (told := told_by(cluster.series())).keys() and time.monotonic() < deadline:
+            time.sleep(1)
+        driver.stdin.close()
+    assert driver.returncode == 0
+    assert wanted - told.keys() == set()
+    return told
+
+
+def defined_by_ray() -> Told:
+    """What Ray says of GPUs, of which there is none here, and of nodes that its autoscaler has lost."""
+    gauges = {f"ray_{name}": set(gauge.view.columns) for name, gauge in METRICS_GAUGES.items()}
+    metrics = [metric for metric in vars(AutoscalerPrometheusMetrics("any")).values() if isinstance(metric, Gauge)]
+    return gauges | {metric.describe()[0].name: set(metric._labelnames) for metric in metrics}
 
 
 def stage_process(job: str) -> int:

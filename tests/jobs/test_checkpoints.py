@@ -145,7 +145,7 @@ def test_what_a_killed_writer_has_left_is_neither_found_nor_kept(store: Checkpoi
 
 
 def _keep(store: CheckpointStore, said: list[str], keep: int = 2, metric: str | None = None) -> Keeper:
-    return Keeper(store, keep, metric, said.append)
+    return Keeper(store, keep, metric, said.append, lambda seconds: None)
 
 
 @pytest.mark.parametrize(

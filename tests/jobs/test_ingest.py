@@ -16,6 +16,7 @@ from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.decode import decode_image
 from tests.conftest import MakeRun, carry_out
 from tests.jobs.hostile import exif, hostile_files, save
+from tests.recorded import recorded
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def test_what_is_no_image_is_listed_and_the_rest_ingested(make_run: MakeRun, pho
     shutil.copy(photos / "cat" / "08.jpg", photos / "bee" / "a-cat-among-bees.jpg")
 
     run = make_run(f"data.source={photos}")
+    metrics = recorded(run)
     carry_out(run, "ingest")
     result = run.require("ingest")
     dataset = Dataset.open(result["dataset"])
@@ -62,6 +64,17 @@ def test_what_is_no_image_is_listed_and_the_rest_ingested(make_run: MakeRun, pho
     assert rejected["bee/empty.png"] == "the file is empty"
     assert rejected["cat/copy-of-04.jpg"] == "same content as cat/04.jpg"
     assert rejected["cat/08.jpg"] == "same content as bee/a-cat-among-bees.jpg, there as bee"
+    assert metrics.series("helio_ingest_images_total") == {"": 43}
+    assert metrics.series("helio_ingest_written_total") == {"": 36}
+    assert metrics.series("helio_ingest_rejected_total") == {
+        "cannot be read": 1,
+        "not a whole JPEG image": 1,
+        "not an image": 1,
+        "not in a class folder": 1,
+        "same content as …": 2,
+        "the file is empty": 1,
+    }
+    assert metrics.series("helio_stages_total") == {"finished ingest": 1}
     # What is written is what was read: the original bytes, each once, with its label.
     seen = set()
     for split in SPLITS:

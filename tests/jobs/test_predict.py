@@ -28,6 +28,7 @@ from jobs.data.sources.contract import Part
 from jobs.data.sources.folder import FolderSource
 from jobs.predict import ShardPart, dataset_parts, predict_parts
 from tests.conftest import MakeRun, carry_out
+from tests.recorded import Recorded
 from tests.serving.conftest import CLASSES, Direct, picture
 
 HELIO = str(Path(sys.executable).with_name("helio"))
@@ -78,11 +79,15 @@ def rows(target: Path, kind: str = "predictions") -> list[dict[str, Any]]:
 
 
 def test_every_image_is_predicted_as_the_bundle_does_or_listed_with_its_reason(
-    bundle: tuple[Bundle, Any], predict: Predict, photos: Path, tmp_path: Path
+    bundle: tuple[Bundle, Any], predict: Predict, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = FolderSource(Location.parse(str(photos)))
+    metrics = Recorded()
+    monkeypatch.setattr("jobs.predict.Metrics", lambda run, recipe: metrics)
     summary = predict(lambda: source.parts(), tmp_path)
     assert (summary["read"], summary["predicted"], summary["failed"]) == (20, 16, 4)
+    assert metrics.series("helio_predict_images_total") == {"": 20}
+    assert metrics.series("helio_predict_failed_total") == {"": 4}
     reasons = {row["source"]: row["reason"] for row in rows(tmp_path, "failures")}
     assert reasons.pop("ant/notes.png").startswith("not an image")
     assert reasons == {

@@ -20,7 +20,9 @@ from cluster.run import Run
 from cluster.session import check_capacity_here, interruptible
 from jobs.ssl.methods import METHODS
 from jobs.training.checkpoint import Arrays, Checkpoint
+from jobs.training.config import PretrainConfig
 from tests.conftest import MakeRun, carry_out
+from tests.recorded import recorded
 
 TEN_SGD_STEPS = (
     "model.norm=none",
@@ -272,6 +274,7 @@ def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoi
 
     killer = threading.Thread(target=kill)
     killer.start()
+    metrics = recorded(run)
     carry_out(run, "pretrain")
     killer.join()
     result, expected = run.require("pretrain"), undisturbed.require("pretrain")
@@ -286,6 +289,13 @@ def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoi
     last, best = (Checkpoint.open(result[name]) for name in ("checkpoint", "best_checkpoint"))
     assert last.state.step == result["steps"] == 80
     assert best.state.step in [epoch["step"] for epoch in result["history"]]
+    figures = {name: metrics.series(f"helio_pretrain_{name}") for name in ("restarts", "workers", "step", "remedies")}
+    assert figures == {"restarts": {"": 1}, "workers": {"": 2}, "step": {"": 80}, "remedies": {"": 0}}
+    assert metrics.series("helio_pretrain_knn_accuracy") == {"": result["history"][-1]["knn_accuracy"]}
+    # Those that were done again count again, those of the damaged checkpoint among them.
+    batch = run.recipe.section(PretrainConfig).global_batch_size
+    assert metrics.series("helio_pretrain_images_total")[""] >= (80 + interval) * batch
+    assert metrics.series("helio_pretrain_step_seconds").keys() == {"compute", "all_reduce", "input"}
 
 
 def test_no_checkpoint_that_is_whole_is_said_in_one_line(make_run: MakeRun) -> None:
@@ -321,6 +331,9 @@ def test_a_collapse_is_named_remedied_and_at_last_ends_the_run(make_run: MakeRun
     settings = [f"pretrain.{override}" for override in (*overrides, "epochs=8", "sentinel.remedies=1")]
     run = make_run(*settings, profile=("profile.train.workers=1",))
     carry_out(run, "ingest")
+    metrics = recorded(run)
     with pytest.raises(HelioError, match=r"collapsed at step \d+ after 1 remedies: .*projection_spread.*: lower"):
         carry_out(run, "pretrain")
     assert json.loads((run.directory / "pretrain" / "remedies.json").read_text()) == [[0, 0.3, 50]]
+    assert metrics.series("helio_pretrain_remedies") == {"": 1}
+    assert metrics.series("helio_stages_total") == {"failed pretrain": 1}

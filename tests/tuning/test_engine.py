@@ -10,8 +10,10 @@ from optuna.trial import TrialState
 from cluster.errors import HelioError
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
+from tests.recorded import Recorded
 from tests.tuning.toy import EPOCHS, FAULT, Growing, Toy, X, gain, reached
 from tuning.config import Dimension, TuneConfig
+from tuning.counting import SearchMetrics
 from tuning.engine import Told, run_trials
 from tuning.ledger import Ledger, failures_of
 from tuning.slot import Limits
@@ -67,9 +69,20 @@ def test_pruned_trials_are_pruned_in_the_study_with_their_curve(ray_cluster: Non
     states = Counter(trial.state for trial in trials)
     assert states[TrialState.PRUNED] >= 3
     assert states[TrialState.COMPLETE] >= 1
-    assert sum(one.epoch is not None for one in told) == sum(len(trial.intermediate_values) for trial in trials)
+    epochs = sum(one.epoch is not None for one in told)
+    assert epochs == sum(len(trial.intermediate_values) for trial in trials)
     best = ledger.best()
     assert best is not None
+    metrics = Recorded()
+    counted = SearchMetrics(metrics, "tune", "accuracy", [])
+    for one in (Told(told[0].trial, None, "again", "its process was lost"), *told):
+        counted.add(one, best[2])
+    ended = Counter("tune complete" if trial.state is TrialState.COMPLETE else "tune pruned" for trial in trials)
+    assert metrics.series("helio_trials") == {"tune running": 0, "tune failed": 0, **ended}
+    assert metrics.series("helio_trial_epochs_total") == metrics.series("helio_trial_epoch_seconds") == {"tune": epochs}
+    assert metrics.series("helio_trial_retries_total") == {"tune": 1}
+    assert metrics.series("helio_search_best") == {"accuracy tune": best[2]}
+    assert all(one.seconds > 0 for one in told if one.epoch is not None)
     assert best[0].params[X] == pytest.approx(0.7, abs=0.2)
 
 
