@@ -10,6 +10,7 @@ from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG
+from cluster.tables import duration_text, table_text, width_of
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -62,9 +63,9 @@ def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
     if not jobs:
         print("helio: the cluster has no job of helio yet", file=output.messages)
         return 0
-    width = max(len(job["job"]) for job in jobs)
-    for job in jobs:
-        print(f"{job['job']:{width}}  {job['state']:9}  {job['started'] or '':20}  {_took(job)}", file=output.results)
+    rows = [(job["job"], job["state"], (job["started"] or "")[:16].replace("T", " "), _took(job)) for job in jobs]
+    head = ("job", "state", "started (UTC)", "took")
+    print(table_text([head, *rows], numeric=(3,), width=width_of(output.results)), file=output.results)
     return 0
 
 
@@ -141,4 +142,4 @@ def _took(job: dict[str, Any]) -> str:
         return ""
     begin = datetime.datetime.fromisoformat(job["started"])
     end = datetime.datetime.fromisoformat(job["ended"]) if job["ended"] else datetime.datetime.now(datetime.UTC)
-    return str(datetime.timedelta(seconds=round((end - begin).total_seconds())))
+    return duration_text((end - begin).total_seconds())

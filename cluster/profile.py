@@ -130,6 +130,17 @@ class TlsFiles(Section):
         return Path(os.path.expanduser(self.key)).absolute()
 
 
+WebAddress = Annotated[str, Field(pattern=r"^https?://\S+$")]
+
+
+class Links(Section):
+    """Pages beside Ray's dashboard that `helio top` names; helio itself asks none of them."""
+
+    mlflow: WebAddress | None = None
+    prometheus: WebAddress | None = None
+    grafana: WebAddress | None = None
+
+
 class Profile(Section):
     """Where a run executes: this machine (`address` empty) or a Ray cluster, which `nodes` may describe."""
 
@@ -138,6 +149,7 @@ class Profile(Section):
     """Address of a running Ray cluster; none starts Ray on this machine for the length of the command."""
     dashboard: str | None = Field(default=None, pattern=r"^https?://[^/\s]+/?$")
     """Address of the cluster's dashboard, where jobs are submitted: https://HOST:8265."""
+    links: Links = Links()
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a Ray started here; none takes all."""
     num_gpus: int | None = Field(default=None, ge=0)

@@ -40,8 +40,8 @@ def run_stages(
                 else:
                     run.progress.console.print(results_page(run))
                 if keep_serving:
-                    run.progress.say("the endpoint stays up until Ctrl-C")
-                    with run.metered("deploy"):
+                    with run.progress.stage("deploy"), run.metered("deploy"):
+                        run.progress.say("the endpoint stays up until Ctrl-C")
                         _wait_for_interrupt()
         except (KeyboardInterrupt, HelioError):
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")

@@ -33,6 +33,8 @@ from jobs.training.keeper import CheckpointStore
 Remedy = tuple[int, float, int]
 """First step, factor of the learning rate, and warm-up steps of a time that training went back."""
 
+SHOWN = ("loss", "accuracy", "knn_accuracy", "data_wait_share")
+"""Of what the workers tell, what is shown as they go on."""
 LEAST_WATCHED = 10
 """Validation images below which spread and rank of their features mean nothing."""
 
@@ -213,7 +215,7 @@ def _attempt(
                 run.progress.say(f"  going on from the checkpoint of step {step:,}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
-            shown = {name: event[name] for name in ("loss", "accuracy", "knn_accuracy") if name in event}
+            shown = {name: event[name] for name in SHOWN if name in event}
             task.update(step * config.global_batch_size, **shown)
 
         with listening(handle) as events:

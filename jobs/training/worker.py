@@ -177,7 +177,9 @@ class _Worker:
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
-                self._tell({"kind": "step", "loss": _means(figures, since)["loss"]})
+                # Its own, of this epoch so far: all workers' is known at the epoch's end.
+                waited = stream.account.waited_s / (now - started - self.begun.elapsed_s)
+                self._tell({"kind": "step", "loss": _means(figures, since)["loss"], "data_wait_share": waited})
             too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
             if too_many or (self.step in ends and figures[SKIPPED] == since):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
