@@ -19,7 +19,7 @@ from cluster.profile import Profile
 from cluster.run import write_json
 from serving.config import APPLICATION
 
-WITHIN_S = 2.0
+WITHIN_S = 5.0
 """How long an endpoint may take to say how it is."""
 ANSWERS = ("/v1/predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer")
 """Routes whose requests are counted."""

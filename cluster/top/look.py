@@ -77,7 +77,8 @@ class Looker:
     def __init__(self, profile: Profile) -> None:
         """Raises HelioError where the profile's cluster cannot be reached at all."""
         self.profile = profile
-        self._dashboard = None if profile.address is None and profile.dashboard is None else Dashboard(profile)
+        alone = profile.address is None and profile.dashboard is None and profile.nodes is None
+        self._dashboard = None if alone else Dashboard(profile)
         self._cluster = None if self._dashboard is None else Cluster(self._dashboard.address)
         self._requests: dict[str, deque[tuple[float, int]]] = {}
         self._tracking: str = profile.links.mlflow or catalog.load(catalog.TRACKING)(profile.storage_path)

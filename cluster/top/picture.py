@@ -73,8 +73,9 @@ def draw(view: View, width: int | None = None, height: int | None = None, now: f
 
     `now`, Unix s, is given where the view may have got old.
     """
+    notes = [line for note in view.notes for line in _folded(note, width)]
     sections = [
-        Section([line for note in view.notes for line in _folded(note, width)], [], style="yellow"),
+        Section(notes, [], style="bright_black" if view.cluster is None else "yellow"),
         *([] if view.cluster is None else [_nodes(view.cluster, width)]),
         _runs(view, width),
         *([_endpoints(view.endpoints, width)] if view.endpoints else []),
@@ -209,6 +210,8 @@ def _progress(progress: dict[str, Any], now: float, bar: int) -> list[str]:
         stage = [f"{progress['stage']:8}  {_elapsed(now - progress['began'])}"]
     if task is None:
         return [*stage, progress["said"]]
+    if not task["done"] and not task["figures"]:
+        return [*stage, "nothing done yet"]
     silent = now - progress["at"]
     parts = [f"no word for {_elapsed(silent)}"] if silent > SILENT_S else []
     if task["total"]:

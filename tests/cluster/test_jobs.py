@@ -134,6 +134,26 @@ def test_a_stopped_job_ends_in_order_and_its_run_is_gone_on_with(cluster: Cluste
     assert (states[job], states[f"{job}.2"]) == ("stopped", "succeeded")
 
 
+def test_top_shows_the_nodes_and_the_run_of_a_job_with_its_stage(cluster: Cluster) -> None:
+    profile = cluster.profile()
+    submitted = cluster.helio("submit", "quickstart", "--until", "ingest", "--profile", profile, "--json")
+    job = json.loads(submitted.stdout)["job"]
+    state, stage = "pending", None
+    while stage is None and state in ("pending", "running"):
+        view = json.loads(cluster.helio("top", "--once", "--json", "--profile", profile).stdout)
+        (run,) = (one for one in view["runs"] if one["name"] == job)
+        state, stage = run["state"], run["stage"]
+    assert (state, stage) == ("running", "ingest")
+    (head,) = view["cluster"]["nodes"]
+    assert (head["role"], head["cpus"]["total"], head["gpus"]["total"], head["fault"]) == ("head", 2.0, 0.0, None)
+    assert head["cpus"]["held"] is not None and 0 < head["memory"]["held"] < head["memory"]["total"]
+    assert (view["notes"], view["endpoints"], view["cluster"]["fault"]) == ([], [], None)
+    assert cluster.helio("wait", job, "--profile", profile).returncode == 0
+    shown = cluster.helio("top", "--profile", profile)
+    assert shown.returncode == 0 and re.search(rf"^{job} +succeeded .* 1 of 6$", shown.stdout, re.MULTILINE)
+    assert cluster.dashboard in shown.stdout and "\x1b" not in shown.stdout
+
+
 def test_another_node_joins_and_leaves(cluster: Cluster) -> None:
     # A node's record is kept under the profile's name: under another one this machine is two nodes.
     second = cluster.profile("second")

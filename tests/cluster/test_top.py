@@ -1,6 +1,7 @@
 """`helio top`: what it shows of runs, nodes, jobs and endpoints, and that it stays when they go."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -236,7 +237,7 @@ def test_jobs_are_shown_by_run_with_what_their_stages_wait_for(dashboard: Dashbo
     assert [one["name"] for one in birds["jobs"]] == ["birds", "birds.tune", "birds.pretrain"]
     assert (cars["name"], cars["state"]) == ("cars", "failed") and cars["ended"] is not None
     lines = picture(seen)
-    assert any(re.match(r"birds +running +1 min 30 s +0 of 6 +high$", line) for line in lines)
+    assert any(re.match(r"birds +running +1 min [345]\d s +0 of 6 +high$", line) for line in lines)
     assert any(re.match(r"  tune  pending  .*there is none", line) for line in lines)
     assert any(line == "  helio: data.source: there is none" for line in lines)
     assert any("elsewhere: it cannot be seen from here" in line for line in lines)
@@ -263,6 +264,23 @@ def test_a_node_and_a_dashboard_that_go_away_are_told_and_come_back(dashboard: D
     finally:
         again.stop()
     assert back.notes == () and back.cluster is not None and all(node.fault is None for node in back.cluster.nodes)
+
+
+def test_a_roll_out_and_an_endpoint_that_wants_a_key_are_shown(profile: Profile) -> None:
+    url = "http://127.0.0.1:8000"
+    endpoint = {
+        **dict.fromkeys(("target_replicas", "p50_ms", "fault")),
+        **{"url": url, "model": "birds", "version": "7", "replicas": {"running": 2}, "requests": 9, "queued": 12},
+        **{"p99_ms": 40.25, "requests_per_second": 123.4, "ongoing": 3},
+        "rollout": {"state": "sharing", "share": 0.05, "champion": "7", "candidate": "8"},
+    }
+    closed = {**dict.fromkeys(endpoint), "url": url, "replicas": {}, "fault": "it wants a key"}
+    view = dataclasses.replace(Looker(profile).look(), endpoints=(endpoint, closed))
+    lines = [text.plain for text in draw(view)]
+    shown = next(at for at, line in enumerate(lines) if line.startswith("endpoint"))
+    assert re.match(rf"{url} +birds 7 +2 running +123.4 +12 +– +40.2 ms$", lines[shown + 1])
+    assert lines[shown + 2] == "  roll-out sharing: version 8 answers 5 % of users, version 7 the others"
+    assert re.match(rf"{url} +– +none ", lines[shown + 3]) and lines[shown + 4] == "  it wants a key"
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (40, 10)])
