@@ -57,10 +57,12 @@ def _live(looker: Looker, console: Console) -> int:
     try:
         with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
             watch.start()
-            while pressed() not in ("q", "Q"):
+            key = ""
+            while key not in ("q", "Q"):
                 width, height = console.size
                 live.update(Group(*draw(watch.view, width, height, time.time())), refresh=True)
                 watch.check()
+                key = pressed()
     except KeyboardInterrupt:
         pass
     return 0

@@ -80,6 +80,8 @@ class Looker:
         alone = profile.address is None and profile.dashboard is None and profile.nodes is None
         self._dashboard = None if alone else Dashboard(profile)
         self._cluster = None if self._dashboard is None else Cluster(self._dashboard.address)
+        self._runs: list[RunView] = []
+        self._endpoints: list[dict[str, Any]] = []
         self._requests: dict[str, deque[tuple[float, int]]] = {}
         self._tracking: str = profile.links.mlflow or catalog.load(catalog.TRACKING)(profile.storage_path)
 
@@ -88,17 +90,21 @@ class Looker:
         storage = self.profile.storage_path
         if self._dashboard is not None and self._cluster is not None:
             self._cluster = _asked(self._dashboard, self._cluster)
-        cluster = self._cluster
-        runs = read_runs(storage, () if cluster is None else cluster.jobs)
+        cluster, notes = self._cluster, _notes(storage, self._cluster)
+        try:
+            self._runs = read_runs(storage, () if cluster is None else cluster.jobs)
+            self._endpoints = self._asked_endpoints(cluster)
+        except OSError as error:
+            notes.append(f"storage {storage} cannot be read ({error.strerror}); runs are as they were before")
         return View(
             at=time.time(),
             profile=self.profile.name,
             storage=str(storage),
             cluster=cluster,
-            runs=tuple(runs),
-            endpoints=tuple(self._endpoints(cluster)),
-            links=tuple(self._links(runs)),
-            notes=tuple(_notes(storage, cluster)),
+            runs=tuple(self._runs),
+            endpoints=tuple(self._endpoints),
+            links=tuple(self._links()),
+            notes=tuple(notes),
         )
 
     @property
@@ -106,7 +112,7 @@ class Looker:
         """Whether something answers requests, of which a second look tells how many a second."""
         return bool(self._requests)
 
-    def _endpoints(self, cluster: Cluster | None) -> list[dict[str, Any]]:
+    def _asked_endpoints(self, cluster: Cluster | None) -> list[dict[str, Any]]:
         found = catalog.load(catalog.ENDPOINTS)(self.profile, None if cluster is None else cluster.serve)
         now = time.monotonic()
         for endpoint in found:
@@ -123,7 +129,7 @@ class Looker:
                     endpoint["requests_per_second"] = round((after - before) / (ended - began), 2)
         return list(found)
 
-    def _links(self, runs: list[RunView]) -> list[Link]:
+    def _links(self) -> list[Link]:
         storage, more = self.profile.storage_path, self.profile.links
         links = [] if self._cluster is None else [Link("Ray dashboard", url=self._cluster.dashboard)]
         if urlsplit(self._tracking).scheme in ("http", "https"):
@@ -131,7 +137,7 @@ class Looker:
         else:
             links.append(Link("MLflow", command=f"mlflow ui --backend-store-uri {self._tracking}"))
         links.append(Link("TensorBoard", command=f"tensorboard --logdir {storage / 'runs'}"))
-        searched = [run.name for run in runs if run.searched]
+        searched = [run.name for run in self._runs if run.searched]
         links += [Link("optuna-dashboard", command=f"helio tune dashboard {name}") for name in searched[:1]]
         pages = {"Prometheus": more.prometheus, "Grafana": more.grafana}
         return links + [Link(name, url=url) for name, url in pages.items() if url is not None]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -20,11 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
 
 import cluster.progress
+import cluster.top.runs
 from cluster.output import Output
 from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
@@ -281,6 +284,21 @@ def test_a_roll_out_and_an_endpoint_that_wants_a_key_are_shown(profile: Profile)
     assert re.match(rf"{url} +birds 7 +2 running +123.4 +12 +– +40.2 ms$", lines[shown + 1])
     assert lines[shown + 2] == "  roll-out sharing: version 8 answers 5 % of users, version 7 the others"
     assert re.match(rf"{url} +– +none ", lines[shown + 3]) and lines[shown + 4] == "  it wants a key"
+
+
+def test_a_storage_that_cannot_be_read_for_a_while_ends_nothing(
+    run: Run, profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looker = Looker(profile)
+    with at_work(run, "pretrain"):
+        assert [one.stage for one in looker.look().runs] == ["pretrain"]
+        with monkeypatch.context() as broken:
+            stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            broken.setattr(cluster.top.runs, "going_on", Mock(side_effect=stale))
+            view = looker.look()
+        assert [one.stage for one in view.runs] == ["pretrain"]
+        assert "cannot be read (Stale file handle)" in view.notes[-1]
+    assert looker.look().runs == ()
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (40, 10)])
