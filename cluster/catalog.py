@@ -57,6 +57,12 @@ STAGES = (
 HOLDERS = ("serving.records.holds:held_bundles",)
 """Called with a storage, tell which bundles are needed beside what `jobs` knows of, and what for: (directory, why)."""
 
+ENDPOINTS = "serving.endpoints:find_endpoints"
+"""Called with a profile and what Ray Serve's REST API says, or None, returns the endpoints that are up."""
+
+TRACKING = "jobs.registry:tracking_uri"
+"""Called with a storage, returns where MLflow keeps its runs."""
+
 
 def load(target: str) -> Any:
     """Import `package.module:name` and return the object."""

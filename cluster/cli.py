@@ -46,6 +46,8 @@ def _dispatch(arguments: argparse.Namespace, output: "Output") -> int:
         return _rollout(arguments, output)
     if arguments.command in ("keys", "trace"):
         return _look_at_endpoint(arguments, output)
+    if arguments.command == "top":
+        return cluster_commands.top(arguments, output)
     if arguments.command == "profile":
         return cluster_commands.check_profile(arguments, output)
     if arguments.command in cluster_commands.JOBS:

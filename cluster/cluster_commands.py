@@ -44,6 +44,13 @@ def check_profile(arguments: argparse.Namespace, output: "Output") -> int:
     return code
 
 
+def top(arguments: argparse.Namespace, output: "Output") -> int:
+    """`helio top`."""
+    profile = profile_alone(arguments, "top")
+    code: int = catalog.load("cluster.top.command:top_command")(profile, arguments.once, arguments.json, output)
+    return code
+
+
 def job(arguments: argparse.Namespace, output: "Output") -> int:
     """What is asked of a cluster's jobs."""
     place: tuple[Any, ...]

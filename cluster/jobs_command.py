@@ -11,7 +11,7 @@ from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG
-from cluster.tables import table_text
+from cluster.tables import duration_text, table_text, width_of
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -64,12 +64,9 @@ def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
     elif not jobs:
         print("helio: the cluster has no job of helio yet", file=output.messages)
     else:
-        head = ["job", "state", "stage", "priority", "started", "took"]
-        rows = [
-            [job["job"], job["state"], _at(job), job["priority"] or "", job["started"] or "", _took(job)]
-            for job in jobs
-        ]
-        print(table_text([head, *rows], numeric=(3, 5)), file=output.results)
+        head = ("job", "state", "stage", "priority", "started (UTC)", "took")
+        rows = [(job["job"], job["state"], _at(job), job["priority"] or "", _minute(job), _took(job)) for job in jobs]
+        print(table_text([head, *rows], numeric=(3, 5), width=width_of(output.results)), file=output.results)
     return 0
 
 
@@ -85,8 +82,9 @@ def status_command(profile: Profile, job: str, as_json: bool, output: "Output") 
         if value is not None:
             print(f"{key:10} {value}", file=output.results)
     if stages:
-        rows = [[one["job"], one["state"], one["started"] or "", _took(one)] for one in stages]
-        print(f"\n{table_text([['stage', 'state', 'started', 'took'], *rows], numeric=(3,))}", file=output.results)
+        rows = [(one["job"], one["state"], _minute(one), _took(one)) for one in stages]
+        head = ("stage", "state", "started (UTC)", "took")
+        print(f"\n{table_text([head, *rows], numeric=(3,), width=width_of(output.results))}", file=output.results)
     return 0
 
 
@@ -166,9 +164,14 @@ def _time(milliseconds: int | None) -> str | None:
     return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def _minute(job: dict[str, Any]) -> str:
+    """When a job began, to the minute."""
+    return (job["started"] or "")[:16].replace("T", " ")
+
+
 def _took(job: dict[str, Any]) -> str:
     if job["started"] is None:
         return ""
     begin = datetime.datetime.fromisoformat(job["started"])
     end = datetime.datetime.fromisoformat(job["ended"]) if job["ended"] else datetime.datetime.now(datetime.UTC)
-    return str(datetime.timedelta(seconds=round((end - begin).total_seconds())))
+    return duration_text((end - begin).total_seconds())

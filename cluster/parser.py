@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "run":
             command.add_argument("--keep-serving", action="store_true", help="leave the endpoint up until Ctrl-C")
     _add_jobs(commands)
+    top = commands.add_parser("top", help="watch nodes, runs, trials and the endpoint as they go; q ends it")
+    _add_place(top)
+    top.add_argument("--once", action="store_true", help="print one picture and end")
     deploy = commands.add_parser("deploy", help="serve the champion of a recipe's model until Ctrl-C")
     _add_recipe(deploy, required=True)
     deploy.add_argument("--bundle", metavar="DIR", help="serve this bundle instead of the registry's champion")

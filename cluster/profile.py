@@ -166,6 +166,17 @@ class TlsFiles(Section):
         return Path(os.path.expanduser(self.key)).absolute()
 
 
+WebAddress = Annotated[str, Field(pattern=r"^https?://\S+$")]
+
+
+class Links(Section):
+    """Pages beside Ray's dashboard that `helio top` names; helio itself asks none of them."""
+
+    mlflow: WebAddress | None = None
+    prometheus: WebAddress | None = None
+    grafana: WebAddress | None = None
+
+
 class Profile(Section):
     """Where a run executes: this machine (`address` empty) or a Ray cluster, which `nodes` may describe."""
 
@@ -176,6 +187,7 @@ class Profile(Section):
     """Address of the cluster's dashboard, where jobs are submitted: https://HOST:8265."""
     dashboard_tls: TlsFiles | None = None
     """Of an https:// dashboard that `helio cluster up` starts; none: a certificate that it makes itself."""
+    links: Links = Links()
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a Ray started here; none takes all."""
     num_gpus: int | None = Field(default=None, ge=0)

@@ -1,16 +1,34 @@
-"""How far a run is: bars with rate and time left on a terminal, one line an interval otherwise."""
+"""How far a run is: bars with rate and time left on a terminal, one line an interval otherwise.
 
+What is told is told twice: to people, and to programs as `progress.json` beside the run's progress.log, which holds as
+long as a command is at the run (`helio top` reads it):
+
+    stage, began        the stage that goes on, and when this attempt at it was begun; null between stages
+    at                  when the file was written; all times are Unix, s
+    said                the last line for people
+    task                the piece of work under way, or null: title, unit, done, total (null: nobody knows), rate (units
+                        a second, 0 while nobody knows), left_s (null likewise), figures (the last value of each)
+"""
+
+import json
+import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 RATE_AFTER_S = 0.5
 """Before, a rate would say more of the clock than of the work."""
+DOCUMENT = "progress.json"
+DOCUMENT_EVERY_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class Task:
@@ -21,6 +39,8 @@ class Task:
         self._started = self._told = time.monotonic()
         self._first: float | None = None
         self._bar = progress.bars.add_task(title, total=total, figures="") if progress.bars else None
+        self._done = self._rate = 0.0
+        self._figures: dict[str, float] = {}
 
     def update(self, done: float, **figures: float) -> None:
         """Tell that `done` of the total is done, with figures to show, as `loss=0.3`."""
@@ -31,6 +51,9 @@ class Task:
             self._first, self._started = done, now
         elapsed = now - self._started
         rate = (done - self._first) / elapsed if elapsed >= RATE_AFTER_S else 0.0
+        self._done, self._rate = done, rate
+        self._figures = {**self._figures, **figures}
+        self._progress.document()
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
         if self._progress.bars and self._bar is not None:
             self._progress.bars.update(
@@ -42,6 +65,19 @@ class Task:
             count = f"{done:,.0f}" if self._total is None else f"{done:,.0f}/{total:,.0f}"
             parts = [f"{count} {self._unit}", f"{rate:,.0f}/s" if rate else "", left, shown]
             self._progress.say(f"  {self._title}: " + "  ".join(part for part in parts if part))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As progress.json has it."""
+        done, total, rate = self._done, self._total, self._rate
+        return {
+            "title": self._title,
+            "unit": self._unit,
+            "done": done,
+            "total": total,
+            "rate": round(rate, 3),
+            "left_s": round((total - done) / rate, 1) if rate and total is not None else None,
+            "figures": self._figures,
+        }
 
 
 class _Bars(Progress):
@@ -66,14 +102,20 @@ class RunProgress:
         self.interval_s = interval_s
         self.bars: Progress | None = None
         self._file: Path | None = None
+        self._stage: tuple[str, float] | None = None
+        self._task: Task | None = None
+        self._said = ""
+        self._documented, self._writing = 0.0, threading.Lock()
 
     def redirect(self, stream: IO[str]) -> None:
         """Write to another stream from now on."""
         self.console.file = stream
 
     def keep(self, file: Path) -> None:
-        """Add what is said from now on to `file`, too: a terminal, or a cluster, forgets."""
+        """Add what is said from now on to `file`, too: a terminal, or a cluster, forgets. progress.json lies beside."""
         self._file = file
+        # Of a process that was killed at this run.
+        file.with_name(DOCUMENT).unlink(missing_ok=True)
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -81,6 +123,46 @@ class RunProgress:
         if self._file is not None:
             with self._file.open("a") as file:
                 file.write(f"{text}\n")
+        self._said = text.strip()
+        self.document(now=True)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What is told in the block is of this stage."""
+        self._stage, self._said = (name, time.time()), ""
+        self.document(now=True)
+        try:
+            yield
+        finally:
+            self._stage = None
+            if self._file is not None:
+                self._file.with_name(DOCUMENT).unlink(missing_ok=True)
+
+    def document(self, now: bool = False) -> None:
+        """Write progress.json, at once, or when it was not written for a second."""
+        if self._file is None or (not now and time.monotonic() - self._documented < DOCUMENT_EVERY_S):
+            return
+        if self._stage is None and _goes_on_elsewhere(self._file.with_name(DOCUMENT)):
+            return
+        self._documented = time.monotonic()
+        stage, began = self._stage or (None, None)
+        document = {
+            "stage": stage,
+            "began": began,
+            "at": time.time(),
+            "said": self._said,
+            "task": None if self._task is None else self._task.to_dict(),
+        }
+        path = self._file.with_name(DOCUMENT)
+        temporary = path.with_name(f".{DOCUMENT}.{os.getpid()}")
+        try:
+            # A reader sees the old file or the new one.
+            with self._writing:
+                temporary.write_text(json.dumps(document) + "\n")
+                temporary.replace(path)
+        except OSError as error:
+            # Nothing of the run depends on it.
+            logger.warning("%s cannot be written: %s", path, error)
 
     @contextmanager
     def task(
@@ -91,7 +173,8 @@ class RunProgress:
         On a terminal, what `below` returns stands below the bar, anew each time that it is drawn.
         """
         if not self.console.is_terminal:
-            yield Task(self, title, total, unit)
+            with self._under_way(Task(self, title, total, unit)) as task:
+                yield task
             return
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         with _Bars(
@@ -99,6 +182,25 @@ class RunProgress:
         ) as bars:
             self.bars = bars
             try:
-                yield Task(self, title, total, unit)
+                with self._under_way(Task(self, title, total, unit)) as task:
+                    yield task
             finally:
                 self.bars = None
+
+    @contextmanager
+    def _under_way(self, task: Task) -> Iterator[Task]:
+        self._task = task
+        self.document(now=True)
+        try:
+            yield task
+        finally:
+            self._task = None
+            self.document(now=True)
+
+
+def _goes_on_elsewhere(document: Path) -> bool:
+    """Whether another process is at a stage of the run: what that one tells says more."""
+    try:
+        return json.loads(document.read_text())["stage"] is not None
+    except FileNotFoundError:
+        return False

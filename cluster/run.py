@@ -4,6 +4,7 @@
     run.json            recipe and how it was given, profile, versions, code
     run.log             everything that helio, Ray and TensorFlow said
     progress.log        what the user was told
+    progress.json       how far the stage is that goes on (cluster.progress)
     stages/<stage>.json result, seconds and cost of each finished stage
     attempts/<stage>.json   each time that it was begun, with what that has cost (cluster.cost)
     results.json        the figures of the whole run
@@ -100,7 +101,7 @@ class Run:
     def carry_out(self, stage: catalog.Stage) -> dict[str, Any]:
         """Run a stage and record its result."""
         started = time.monotonic()
-        with self.metered(stage.name), self.metrics.stage(stage.name):
+        with self.progress.stage(stage.name), self.metered(stage.name), self.metrics.stage(stage.name):
             result: dict[str, Any] = catalog.load(stage.target)(self)
         record = {
             "result": result,

@@ -1,19 +1,38 @@
 """Figures as people read them in a terminal: tables, sizes, times."""
 
+import os
 from collections.abc import Sequence
+from typing import IO
 
 
-def table_text(rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Rows, the first of them the head, in columns as wide as they need; those in `numeric` are flush right."""
+def table_text(
+    rows: Sequence[Sequence[str]], numeric: Sequence[int] = (), width: int | None = None, spare: Sequence[int] = ()
+) -> str:
+    """Rows, the first of them the head, in columns as wide as they need; those in `numeric` are flush right.
+
+    Where that is more than `width`, columns of `spare` are left out, in this order, and then lines are cut.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    shown = list(range(len(widths)))
+    for column in spare:
+        if width is None or sum(widths[at] + 2 for at in shown) - 2 <= width:
+            break
+        shown.remove(column)
     lines = [
-        "  ".join(
-            text.rjust(width) if column in numeric else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
+        "  ".join(row[at].rjust(widths[at]) if at in numeric else row[at].ljust(widths[at]) for at in shown)
         for row in rows
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(cut_text(line.rstrip(), width) for line in lines)
+
+
+def cut_text(text: str, width: int | None) -> str:
+    """A line of at most `width` characters; the last one says that there was more."""
+    return text if width is None or len(text) <= width else f"{text[: max(0, width - 1)]}…"
+
+
+def width_of(stream: IO[str]) -> int | None:
+    """Columns of the terminal that shows a stream; None where none does, and nothing has to be left out."""
+    return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
 
 
 def size_text(size: float) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import HelioError
 from cluster.events import Event, listening
-from cluster.run import Run, write_json
+from cluster.run import PROGRESS_LOG, Run, write_json
 from cluster.session import check_capacity_here, ray_session
 from jobs.evaluation.cells import ARMS, METHODS, Cell, Material, run_cell
 from jobs.evaluation.page import evaluation_page
@@ -44,6 +44,7 @@ def evaluate_command(run: Run, as_json: bool, output: "Output") -> int:
         check_capacity_here(run.profile, [KIND])
         with output.noise_to(run.directory / "run.log"):
             run.progress.redirect(output.messages)
+            run.progress.keep(run.directory / PROGRESS_LOG)
             run.progress.say(f"evaluation of run {run.name} in {run.directory}")
             try:
                 document = evaluate(protocol)
@@ -65,7 +66,7 @@ def evaluate(protocol: Protocol) -> dict[str, Any]:
     """Do what is not done yet, on Ray; write and return the document."""
     run = protocol.run
     if protocol.pending():
-        with ray_session(run.profile, [KIND]), run.metered("evaluate"):
+        with ray_session(run.profile, [KIND]), run.progress.stage("evaluate"), run.metered("evaluate"):
             _compute(protocol)
     else:
         run.progress.say("  finished before")

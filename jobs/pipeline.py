@@ -50,8 +50,8 @@ def run_stages(
                 else:
                     run.progress.console.print(results_page(run))
                 if keep_serving:
-                    run.progress.say("the endpoint stays up until Ctrl-C")
-                    with run.metered("deploy"):
+                    with run.progress.stage("deploy"), run.metered("deploy"):
+                        run.progress.say("the endpoint stays up until Ctrl-C")
                         _wait_for_interrupt()
         except (KeyboardInterrupt, HelioError):
             if not is_conducted:

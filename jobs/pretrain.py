@@ -36,6 +36,8 @@ Remedy = tuple[int, float, int]
 
 LAST_CHECKPOINT_S = 60.0
 """How long an interrupted training may take for a checkpoint."""
+SHOWN = ("loss", "accuracy", "knn_accuracy", "data_wait_share")
+"""Of what the workers tell, what is shown as they go on."""
 LEAST_WATCHED = 10
 """Validation images below which spread and rank of their features mean nothing."""
 
@@ -223,7 +225,7 @@ def _attempt(
                 run.progress.say(f"  going on from the checkpoint of step {step:,}")
             elif kind == "epoch":
                 tracker.metrics("pretrain", event, step)
-            shown = {name: event[name] for name in ("loss", "accuracy", "knn_accuracy") if name in event}
+            shown = {name: event[name] for name in SHOWN if name in event}
             task.update(step * config.global_batch_size, **shown)
 
         with listening(handle) as events:

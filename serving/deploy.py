@@ -25,6 +25,7 @@ from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
 from serving.config import APPLICATION, ServeConfig
+from serving.endpoints import announced
 from serving.https import find_certificate, https, notice, trust
 from serving.records.identity import new_request_id
 
@@ -44,7 +45,7 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     the registered one.
     """
     if profile.tls is None:
-        with _plain_endpoint(profile, config, version) as url:
+        with _plain_endpoint(profile, config, version) as url, announced(profile, version.model, url):
             yield url
         return
     _check_place(profile, config)
@@ -52,7 +53,8 @@ def endpoint(profile: Profile, config: ServeConfig, version: ModelVersion) -> It
     with https(profile, profile.tls, config) as behind, _plain_endpoint(profile, behind, version):
         url = _url(profile, config, "https")
         _wait_until_ready(url, own)
-        yield url
+        with announced(profile, version.model, url):
+            yield url
 
 
 @contextmanager

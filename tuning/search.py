@@ -192,7 +192,7 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
                 run.progress.say(f"  {table.line(told)}")
             if told.epoch is not None:
                 tracker.metrics(stage, told.epoch.figures, table.epochs)
-                task.update(table.epochs, trials=table.trials, best=table.best or 0.0)
+            task.update(table.epochs, **table.figures())
 
         make = Finetuning(
             # Trials get a reference and map the images read-only from the object store: one copy a node.

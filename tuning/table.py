@@ -1,5 +1,6 @@
 """The trials of a search as they go: what is told of each, which one is the best, whose weights are kept."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from tuning.trial import BEST, PROGRESS
 
 ENDS = ("complete", "pruned", "failed")
 """Outcomes after which a trial is not gone on with."""
+STATES = {"RUNNING": "running", "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+"""Optuna's words, and those for people."""
 ROWS = 12
 """Trials that a terminal has room for: those that run, and the last ones that ended."""
 
@@ -37,7 +40,6 @@ class TrialTable:
         self._rows: dict[int, _Row] = {}
         before = ledger.trials()
         self._epochs = {(trial.number, epoch) for trial in before for epoch in trial.intermediate_values}
-        self.trials = len(before)
         self.best: float | None = None
         self.without_gain = 0
         """Trials that have ended since the last one that became the best."""
@@ -54,7 +56,6 @@ class TrialTable:
     def add(self, told: Told) -> None:
         """Take in what has happened."""
         number, directory = told.trial.number, told.trial.directory
-        self.trials = max(self.trials, number + 1)
         row = self._rows.setdefault(number, _Row(number, "running", 0, None, told.trial.params))
         row.outcome = told.outcome
         if told.epoch is not None:
@@ -71,6 +72,12 @@ class TrialTable:
             (directory / PROGRESS).unlink(missing_ok=True)
             if directory != self._kept:
                 self._discard(directory)
+
+    def figures(self) -> dict[str, float]:
+        """Trials of the study by state, whoever sees to them, and the best value."""
+        counts = Counter(trial.state.name for trial in self.ledger.trials())
+        states = {word: float(counts[name]) for name, word in STATES.items()}
+        return states if self.best is None else {**states, f"best_{self._metric}": self.best}
 
     @property
     def epochs(self) -> int:

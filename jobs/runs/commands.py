@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import HelioError
-from cluster.tables import duration_text, size_text, table_text
+from cluster.tables import duration_text, size_text, table_text, width_of
 from jobs.runs.comparing import comparison, comparison_lines
 from jobs.runs.lineage import Workspace
 from jobs.runs.pruning import Plan, Selection, plan_pruning, prune
@@ -44,7 +44,9 @@ def list_command(names: Sequence[str], storage: Path, limit: int | None, as_json
     head = ("run", "recipe", "state", "begun (UTC)", "took", "CPU-h", "GPU-h", "result", "model")
     rows = [_row(run, summary) for run, summary in summaries]
     if rows:
-        print(table_text([head, *rows], numeric=(4, 5, 6)), file=output.results)
+        # A run's name says its recipe.
+        text = table_text([head, *rows], numeric=(4, 5, 6), width=width_of(output.results), spare=(1, 6, 5, 3, 8))
+        print(text, file=output.results)
     else:
         print(f"there is no run under {storage / 'runs'}: `helio run` makes one", file=output.messages)
     for reason in faults.values():

@@ -185,8 +185,11 @@ class _Worker:
             now = time.monotonic()
             if self.rank == 0 and now - told > TELL_EVERY_S:
                 told = now
+                # Its own, of this epoch so far: all workers' is known at the epoch's end.
+                waited = stream.account.waited_s / (now - started - self.begun.elapsed_s)
                 spent = (self.spent + _spent(figures, stream.account)).tolist()
-                self._tell_step({"loss": _means(figures, since)["loss"], "spent_s": spent})
+                loss = _means(figures, since)["loss"]
+                self._tell_step({"loss": loss, "data_wait_share": waited, "spent_s": spent})
             is_over = bool(self.wish.numpy() > 0)
             too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
             if too_many or (self.step in ends and figures[SKIPPED] == since):

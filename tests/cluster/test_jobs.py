@@ -179,6 +179,13 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     os.kill(stage_process(job), signal.SIGKILL)
     read_until("Pre-train: died (exit code -9), begun again where it was (1 of 1)")
     read_until("  pre-train: ")
+    view = json.loads(cluster.helio("top", "--once", "--json", "--profile", profile).stdout)
+    (going,) = (one for one in view["runs"] if one["name"] == job)
+    assert (going["state"], going["stage"]) == ("running", "pretrain")
+    (head,) = view["cluster"]["nodes"]
+    assert (head["role"], head["cpus"]["total"], head["gpus"]["total"], head["fault"]) == ("head", 2.0, 0.0, None)
+    assert head["cpus"]["held"] is not None and 0 < head["memory"]["held"] < head["memory"]["total"]
+    assert (view["notes"], view["endpoints"], view["cluster"]["fault"]) == ([], [], None)
     # It asks for all CPUs.
     urgent = ("profile.queue.priority=5", "profile.data.cpus_per_ingest_task=2")
     other = cluster.helio("submit", "quickstart", "--until", "ingest", "--profile", profile, "--json", *urgent)
@@ -204,6 +211,9 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
         (f"{job}.pretrain.3", "stopped"),
         (f"{job}.pretrain.4", "succeeded"),
     ]
+    shown = cluster.helio("top", "--profile", profile)
+    assert shown.returncode == 0 and re.search(rf"^{job} +succeeded .* 2 of 6$", shown.stdout, re.MULTILINE)
+    assert cluster.dashboard in shown.stdout and "\x1b" not in shown.stdout
     directory = cluster.directory / "storage" / "runs" / job
     attempts = json.loads((directory / "attempts" / "pretrain.json").read_text())
     assert [attempt["outcome"] for attempt in attempts] == [None, "interrupted", "interrupted", "finished"]

@@ -1,5 +1,6 @@
 """The deploy stage, and what stops an endpoint before it starts."""
 
+import json
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.errors import EndpointError
+from cluster.run import write_json
 from cluster.session import free_ports
 from jobs.data.dataset import Dataset
 from jobs.registry import ModelVersion
@@ -15,7 +17,8 @@ from serving.check import largest_difference, spread_over_classes
 from serving.client import Client, Prediction
 from serving.config import ServeConfig
 from serving.deploy import endpoint, preflight
-from tests.serving.conftest import CLASSES, Deployed
+from serving.endpoints import find_endpoints
+from tests.serving.conftest import CLASSES, Deployed, picture
 
 
 def test_the_stage_reports_what_the_endpoint_answered(deployed: Deployed) -> None:
@@ -40,6 +43,25 @@ def test_the_stage_keeps_the_images_with_what_was_said_of_them(deployed: Deploye
     held_out = dataset.read("test", range(dataset.count("test")), ["id", "image"]).to_pylist()
     images = {row["id"]: row["image"] for row in held_out}
     assert table.column("image").to_pylist() == [images[row["id"]] for row in rows]
+
+
+def test_who_looks_at_the_storage_finds_the_endpoint_and_what_it_has_answered(deployed: Deployed, url: str) -> None:
+    places = deployed.run.storage / "serving" / "tiny"
+    # One that was killed, and one on the loopback address of another machine.
+    record = json.loads((places / f"endpoint-{deployed.config.port}.json").read_text())
+    write_json(places / "endpoint-9.json", {**record, "url": "http://127.0.0.1:9"})
+    write_json(places / "endpoint-10.json", {**record, "host": "another"})
+    (before,) = find_endpoints(deployed.run.profile, None)
+    assert (before["url"], before["model"], before["version"], before["fault"]) == (url, "tiny", "7", None)
+    assert before["replicas"] == {"running": 1} and before["rollout"] is None
+    with Client(url) as client:
+        client.predict(picture(1))
+    # Replicas tell their counts once a second.
+    deadline = time.monotonic() + 10
+    while (found := find_endpoints(deployed.run.profile, None)[0])["requests"] == before["requests"]:
+        assert time.monotonic() < deadline
+    assert found["requests"] > before["requests"] and found["queued"] == 0 and found["p99_ms"] > 0
+    assert find_endpoints(deployed.run.profile, {"applications": {}}) == []
 
 
 def test_a_taken_port_is_refused_before_anything_starts(deployed: Deployed, url: str) -> None:

@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tests.tuning.driver import make_ledger, search
 from tests.tuning.toy import X
 from tuning.ledger import Ledger
+from tuning.table import TrialTable
 
 TRIALS = 18
 Driver = subprocess.Popen[bytes]
@@ -187,3 +188,19 @@ def test_a_driver_that_died_while_it_drew_values_leaves_a_trial_that_can_be_take
     assert assignment.number == 0
     assert 0 <= assignment.params[X] <= 1
     assert os.path.basename(assignment.directory) == "trial-00000"
+
+
+def test_trials_are_counted_by_state_whoever_sees_to_them(tmp_path: Path) -> None:
+    with opened(f"sqlite:///{tmp_path / 'study.db'}", tmp_path) as ledger, ledger.alive():
+        assert TrialTable(ledger, "accuracy").figures() == {"running": 0, "complete": 0, "pruned": 0, "failed": 0}
+        for value in (0.5, 0.75):
+            taken = ledger.take()
+            assert taken is not None
+            ledger.report(taken.number, 1, value, {})
+            ledger.complete(taken.number)
+        for _ in range(2):
+            taken = ledger.take()
+        assert taken is not None
+        ledger.prune(taken.number, "it was hopeless")
+        counts = {"running": 1, "complete": 2, "pruned": 1, "failed": 0, "best_accuracy": 0.75}
+        assert TrialTable(ledger, "accuracy").figures() == counts
