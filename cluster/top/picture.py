@@ -59,7 +59,7 @@ class Section:
         return shown + 1 if shown else 0
 
     def drawn(self, width: int | None) -> list[Text]:
-        """Them."""
+        """The same, to be printed."""
         left = len(self.blocks) - self.shown
         rest = [self.rest.format(count=left)] if left and self.rest else []
         lines = [*(line for block in self.blocks[: self.shown] for line in block), *rest]
@@ -76,7 +76,7 @@ def draw(view: View, width: int | None = None, height: int | None = None, now: f
     notes = [line for note in view.notes for line in _folded(note, width)]
     sections = [
         Section(notes, [], style="bright_black" if view.cluster is None else "yellow"),
-        *([] if view.cluster is None else [_nodes(view.cluster, width)]),
+        *([] if view.cluster is None else [_nodes(view.cluster, width), _waiting(view.cluster)]),
         _runs(view, width),
         *([_endpoints(view.endpoints, width)] if view.endpoints else []),
         _links(view.links, width),
@@ -133,10 +133,15 @@ def _nodes(cluster: Cluster, width: int | None) -> Section:
     ]
     up = [node for node in cluster.nodes if node.fault is None]
     rest = f"… {{count}} more; all {len(up)} together: {_sum(up, 'cpus')} CPUs, {_sum(up, 'gpus')} GPUs"
-    for one in cluster.waiting:
-        wanted = " + ".join(f"{amount:g} {name}" for name, amount in sorted(one.resources.items()))
-        blocks.append([f"no room for {one.count} × {wanted}"])
     return Section([lines[0]], blocks, rest)
+
+
+def _waiting(cluster: Cluster) -> Section:
+    wanted = [
+        f"{one.count} × {' + '.join(f'{amount:g} {name}' for name, amount in sorted(one.resources.items()))}"
+        for one in cluster.waiting
+    ]
+    return Section([], [[f"no room for {text}"] for text in wanted], "no room for {count} more")
 
 
 def _node(node: NodeUse) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from cluster.run import going_on
 JOBS = "/api/jobs/"
 ENDED_S = 1800.0
 """So long a run is shown after its jobs have ended."""
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
 STAGES = tuple(stage.name for stage in catalog.STAGES)
 
 
@@ -99,7 +101,8 @@ def _job(one: Mapping[str, Any]) -> Job:
 
 def _telling(status: str, lines: Sequence[str]) -> str:
     """What a job waits for or has failed of; a failed one's message ends with what it has printed."""
-    return {"PENDING": lines[:1], "FAILED": lines[-1:]}.get(status, [""])[0] if lines else ""
+    told = {"PENDING": lines[:1], "FAILED": lines[-1:]}.get(status, [""])[0] if lines else ""
+    return COLOURS.sub("", told)
 
 
 def _run(directory: Path, jobs: Sequence[Job], here: bool) -> RunView:

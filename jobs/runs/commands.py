@@ -45,7 +45,7 @@ def list_command(names: Sequence[str], storage: Path, limit: int | None, as_json
     rows = [_row(run, summary) for run, summary in summaries]
     if rows:
         # A run's name says its recipe.
-        text = table_text([head, *rows], numeric=(4, 5, 6), width=width_of(output.results), spare=(1, 6, 5, 3, 8))
+        text = table_text([head, *rows], numeric=(4, 5, 6), width=width_of(output.results), spare=(1, 6, 5, 3, 8, 4))
         print(text, file=output.results)
     else:
         print(f"there is no run under {storage / 'runs'}: `helio run` makes one", file=output.messages)

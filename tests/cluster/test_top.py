@@ -215,7 +215,7 @@ def job(name: str, status: str, **metadata: str) -> dict[str, Any]:
     return {
         "submission_id": name,
         "status": status,
-        "message": "helio: data.source: there is none",
+        "message": "it was begun\n\x1b[31mhelio: data.source: there is none\x1b[0m",
         "start_time": round(1000 * (time.time() - 90)),
         "end_time": round(1000 * time.time()) if status in ("FAILED", "SUCCEEDED") else None,
         "metadata": {"helio_run": run, **metadata},
@@ -241,7 +241,7 @@ def test_jobs_are_shown_by_run_with_what_their_stages_wait_for(dashboard: Dashbo
     assert (cars["name"], cars["state"]) == ("cars", "failed") and cars["ended"] is not None
     lines = picture(seen)
     assert any(re.match(r"birds +running +1 min [345]\d s +0 of 6 +high$", line) for line in lines)
-    assert any(re.match(r"  tune  pending  .*there is none", line) for line in lines)
+    assert any(re.match(r"  tune  pending  .*it was begun$", line) for line in lines)
     assert any(line == "  helio: data.source: there is none" for line in lines)
     assert any("elsewhere: it cannot be seen from here" in line for line in lines)
     assert any(re.match(r"– +– +1 running, 1 starting of 2 ", line) for line in lines)
@@ -317,7 +317,7 @@ def test_a_picture_fits_its_terminal_and_keeps_what_counts(
     more = re.findall(r"^… (\d+) more", text, re.MULTILINE)
     if height > 20:
         assert "all 31 together: 186 of 248 CPUs, 15.5 of 31 GPUs"[: width - 16] in text
-        assert len(more) == 2 and "digits" in text and "data wait 25.0 %" in text
+        assert len(more) == 2 and "no room for 6 × 4 GPU" in text and "digits" in text and "data wait 25.0 %" in text
         assert "`helio top --once` prints them" in text
 
 
