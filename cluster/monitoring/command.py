@@ -67,10 +67,12 @@ def dashboards() -> dict[str, dict[str, Any]]:
 
 
 def rule_groups(profile: Profile) -> list[dict[str, Any]]:
-    """The alerts that mean something on a profile's cluster."""
-    other = "machines" if profile.nodes is not None else "autoscaler"
+    """The alerts that mean something where a profile runs."""
+    wanted = {"endpoint"}
+    if profile.address is not None or profile.nodes is not None:
+        wanted |= {"runs", "cluster", "machines" if profile.nodes is None else "autoscaler"}
     groups = yaml.safe_load((HERE / "rules.yml").read_text())["groups"]
-    return [group for group in groups if group["name"] != other]
+    return [group for group in groups if group["name"] in wanted]
 
 
 def _for_grafana(directory: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from cluster.metrics import FAMILIES
 from cluster.monitoring.command import dashboards, rule_groups
-from cluster.profile import load_profile
+from cluster.profile import Profile, load_profile
 from cluster.recipe import load_recipe
 from cluster.session import free_ports
 from jobs.training.config import PretrainConfig
@@ -237,8 +237,8 @@ def test_what_dashboards_and_alerts_ask_for_is_told(cluster: Cluster) -> None:
     told = {name: labels | added(job).keys() for name, labels in {**told, "up": set()}.items()}
     for name in ("runs", "cluster"):
         check_dashboard(dashboards()[name], told)
-    fleet = load_profile(str(PROFILES / "gpu.yaml"))
-    groups = {group["name"]: group for profile in (fleet, load_profile("local")) for group in rule_groups(profile)}
+    profiles = (load_profile(str(PROFILES / "gpu.yaml")), Profile(name="lab", address=cluster.address))
+    groups = {group["name"]: group for profile in profiles for group in rule_groups(profile)}
     del groups["endpoint"]
     check_alerts(list(groups.values()), told)
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +14,8 @@ from cluster.cli import main
 from cluster.metrics import FAMILIES
 from cluster.monitoring.command import dashboards, rule_groups
 from cluster.monitoring.scrape import AS_NAMED
-from cluster.profile import load_profile
+from cluster.profile import Profile, load_profile
+from cluster.schema import Document, validate
 from tests.cluster.test_manifest import PROFILES, objects, written
 from tests.expressions import targets
 
@@ -83,7 +83,14 @@ def test_grafana_finds_the_dashboards_and_prometheus(profile: Path, tmp_path: Pa
 
 
 def test_each_alert_fires_for_what_it_names_and_for_nothing_else(tmp_path: Path) -> None:
-    both = {group["name"]: group for name in ("cpu", "machines") for group in rule_groups(load(name))}
+    lab, fleet = validate(Profile, LAB, Document("lab", LAB)), load_profile(str(PROFILES / "gpu.yaml"))
+    groups = {profile.name: [group["name"] for group in rule_groups(profile)] for profile in (lab, fleet)}
+    assert groups == {
+        "lab": ["runs", "endpoint", "cluster", "machines"],
+        "fleet": ["runs", "endpoint", "cluster", "autoscaler"],
+    }
+    assert [group["name"] for group in rule_groups(load_profile("local"))] == ["endpoint"]
+    both = {group["name"]: group for profile in (lab, fleet) for group in rule_groups(profile)}
     rules = [rule for group in both.values() for rule in group["rules"]]
     cases = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text())
     expected = json.dumps(cases)
@@ -92,13 +99,6 @@ def test_each_alert_fires_for_what_it_names_and_for_nothing_else(tmp_path: Path)
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], **cases}))
     promtool("check", "rules", tmp_path / "rules.yml")
     promtool("test", "rules", tmp_path / "alerts.yml")
-
-
-def load(name: str) -> Any:
-    """A profile below `profiles/`; that of machines is one where nodes are started by hand."""
-    if name == "machines":
-        return load_profile("local")
-    return load_profile(str(PROFILES / f"{name}.yaml"), [f"profile.{MONITORED}"])
 
 
 def test_every_metric_of_runs_is_shown() -> None:
