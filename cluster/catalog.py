@@ -37,18 +37,18 @@ class Stage:
 
 
 STAGES = (
-    Stage("ingest", "jobs.ingest:run_stage", "Ingest", None, "jobs.ingest:preflight"),
-    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:check", "jobs.pretrain:preflight"),
+    Stage("ingest", "jobs.ingestion:run_stage", "Ingest", None, "jobs.ingestion:preflight"),
+    Stage("pretrain", "jobs.pretraining:run_stage", "Pre-train", "jobs.pretraining:check", "jobs.pretraining:preflight"),
     Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:check", "tuning.stage:preflight"),
     Stage("baseline", "tuning.stage:run_baseline_stage", "Search from scratch"),
-    Stage("export", "jobs.export:run_stage", "Export and register"),
+    Stage("export", "jobs.exporting:run_stage", "Export and register"),
     Stage(
         "deploy",
-        "serving.deploy:run_stage",
+        "serving.endpoint:run_stage",
         "Deploy and check",
         None,
-        "serving.deploy:preflight",
-        "serving.deploy:environment",
+        "serving.endpoint:preflight",
+        "serving.endpoint:environment",
         repeats=True,
     ),
 )

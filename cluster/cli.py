@@ -136,7 +136,7 @@ def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
         for override in overrides:
             document.override(override, ["data"])
         recipe = build_recipe(document)
-    code: int = catalog.load("jobs.predict:predict_command")(
+    code: int = catalog.load("jobs.prediction:predict_command")(
         recipe,
         profile or load_profile("local"),
         arguments.data,
@@ -185,7 +185,7 @@ def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     own = [o for o in arguments.overrides if o.startswith("profile.")]
     progress = RunProgress(output.messages)
     run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
-    code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
+    code: int = catalog.load("jobs.evaluation.evaluate:evaluate_command")(run, arguments.json, output)
     return code
 
 
@@ -299,7 +299,7 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         return tuned
     if arguments.latency_ms is not None:
         raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
-    code: int = catalog.load("serving.deploy:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
+    code: int = catalog.load("serving.endpoint:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
     return code
 
 

@@ -31,7 +31,7 @@ from cluster.run import write_json
 from cluster.session import ray_session
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
-from serving.deploy import find_version
+from serving.endpoint import find_version
 from serving.metrics.replica import Metrics
 from serving.records.hours import record_directory
 from serving.served import Served, runs_in_loop

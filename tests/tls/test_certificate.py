@@ -12,7 +12,7 @@ from cluster.profile import load_profile
 from cluster.recipe import load_recipe
 from cluster.session import free_ports
 from serving.config import ServeConfig
-from serving.deploy import preflight
+from serving.endpoint import preflight
 from serving.tls.certificate import read_pair
 from serving.tls.front import notice
 from tests.tls.certificates import make_pair
