@@ -244,7 +244,7 @@ def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
 
 
 def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
-    from cluster.plan import plan, preflight, stages_until
+    from cluster.plan import plan, preflight, stages_left, stages_until
     from cluster.profile import load_profile
     from cluster.progress import RunProgress
     from cluster.recipe import load_recipe
@@ -268,9 +268,7 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if arguments.dry_run:
         _print_plan(plan(recipe, profile, until), arguments.json)
         return 0
-    stages = stages_until(recipe, until)
-    if arguments.resume:
-        stages = [stage for stage in stages if stage.repeats or run.result(stage.name) is None]
+    stages = stages_left(run, until) if arguments.resume else stages_until(recipe, until)
     preflight(recipe, profile, stages)
     if not arguments.resume:
         run = create_run(recipe, profile, progress, arguments.name)
@@ -299,7 +297,9 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         return tuned
     if arguments.latency_ms is not None:
         raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
-    code: int = catalog.load("serving.endpoint:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
+    code: int = catalog.load("serving.endpoint:deploy_command")(
+        recipe, profile, arguments.bundle, arguments.json, output
+    )
     return code
 
 

@@ -1,15 +1,21 @@
-"""The pipeline: the stages of a run one after another, each recorded, so that a run can go on where it stopped."""
+"""The pipeline: the stages of a run one after another, each recorded, so that a run can go on where it stopped.
+
+The command line carries out the stages of one command (`run_stages`); functions in a program or a notebook go up to
+theirs, one after another, on the Ray of one run (`reach`).
+"""
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from cluster import catalog
 from cluster.errors import HelioError
 from cluster.output import Output
-from cluster.plan import environment, kinds_of
-from cluster.run import PROGRESS_LOG, Run, write_json
-from cluster.session import ray_session
+from cluster.plan import environment, kinds_of, log_file, preflight, stages_left, stages_until
+from cluster.profile import Profile, load_profile
+from cluster.recipe import Recipe
+from cluster.run import PROGRESS_LOG, Run, create_run, write_json
 from jobs.report import write_report
 from jobs.results import collect_results, results_page
 
@@ -21,33 +27,72 @@ def run_stages(
 
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.
     """
-    with run.alone(), output.noise_to(run.directory / "run.log"):
-        run.progress.redirect(output.messages)
-        run.progress.keep(run.directory / PROGRESS_LOG)
+    with _at_work(run, output), run:
         run.progress.say(f"run {run.name} in {run.directory}")
+        for stage in catalog.STAGES:
+            if stage not in stages and run.result(stage.name) is not None:
+                run.progress.say(f"{stage.title}: finished before")
+        _carry_out(run, stages)
+        if as_json:
+            print(json.dumps(collect_results(run), indent=2), file=output.results, flush=True)
+        else:
+            run.progress.console.print(results_page(run))
+        if keep_serving:
+            run.progress.say("the endpoint stays up until Ctrl-C")
+            with run.metered("deploy"):
+                _wait_for_interrupt()
+
+
+def reach(run: Run | Recipe, profile: Profile | None, until: str) -> Run:
+    """Carry out what a run has not finished of the stages up to `until`; what they leave open stays so.
+
+    A recipe gets a new run, which is closed on return, on `profile` (by default `local`). Raises HelioError.
+    """
+    output, is_new = Output(), isinstance(run, Recipe)
+    if isinstance(run, Recipe):
+        recipe, profile = run, profile or load_profile("local")
+        stages = stages_until(recipe, until)
+        with output.noise_to(log_file(profile, "preflight")):
+            preflight(recipe, profile, stages)
+        run = create_run(recipe, profile)
+    else:
+        if profile is not None:
+            raise HelioError(f"run {run.name} keeps its profile, {run.profile.name}: give the run alone")
+        stages = stages_left(run, until)
+        with output.noise_to(log_file(run.profile, "preflight")):
+            preflight(run.recipe, run.profile, stages)
+    if stages:
+        with _at_work(run, output), run if is_new else nullcontext():
+            if stages == stages_until(run.recipe, until):
+                run.progress.say(f"run {run.name} in {run.directory}")
+            _carry_out(run, stages)
+    return run
+
+
+@contextmanager
+def _at_work(run: Run, output: Output) -> Iterator[None]:
+    """A block that works on a run: alone, and with the libraries' noise in its log file."""
+    with run.alone(), run.undisturbed(output):
+        run.progress.keep(run.directory / PROGRESS_LOG)
         try:
-            more = environment(run.recipe, stages)
-            with ray_session(run.profile, kinds_of(stages), more), run.cleanup:
-                for stage in catalog.STAGES:
-                    if stage in stages:
-                        run.progress.say(stage.title)
-                        run.carry_out(stage)
-                    elif run.result(stage.name) is not None:
-                        run.progress.say(f"{stage.title}: finished before")
-                write_report(run)
-                if as_json:
-                    print(json.dumps(collect_results(run), indent=2), file=output.results, flush=True)
-                else:
-                    run.progress.console.print(results_page(run))
-                if keep_serving:
-                    run.progress.say("the endpoint stays up until Ctrl-C")
-                    with run.metered("deploy"):
-                        _wait_for_interrupt()
-        except (KeyboardInterrupt, HelioError):
+            yield
+        except (KeyboardInterrupt, HelioError) as error:
+            if isinstance(error, KeyboardInterrupt):
+                # Workers and trials would go on in a process that does: they end with Ray.
+                run.close()
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise
         finally:
             write_json(run.directory / "results.json", collect_results(run))
+
+
+def _carry_out(run: Run, stages: Sequence[catalog.Stage]) -> None:
+    # Ray has its environment from its start on: also what later stages on the same one will need.
+    run.connect(kinds_of(stages), environment(run.recipe, catalog.STAGES))
+    for stage in stages:
+        run.progress.say(stage.title)
+        run.carry_out(stage)
+    write_report(run)
 
 
 def _wait_for_interrupt() -> None:
