@@ -44,7 +44,7 @@ class Output:
         sys.stderr.flush()
         before, root = (self.results, self.messages), logging.getLogger()
         handlers, level = root.handlers[:], root.level
-        theirs = [handler for handler in _stream_handlers() if handler.stream in (sys.stdout, sys.stderr)]
+        theirs = [one for one in _stream_handlers() if vars(one).get("stream") in (sys.stdout, sys.stderr)]
         streams = [handler.stream for handler in theirs]
         with contextlib.ExitStack() as stack:
             self.results, self.messages = (stack.enter_context(_kept(stream)) for stream in before)

@@ -75,9 +75,7 @@ class _CellBars(_Bars):
         """Begin to show them."""
         from IPython.display import display
 
-        self._handle = display(  # type: ignore[no-untyped-call]
-            self._bundle(), raw=True, display_id=True
-        )
+        self._handle = display(self._bundle(), raw=True, display_id=True)
 
     def stop(self) -> None:
         """Leave them as they are now."""

@@ -157,6 +157,11 @@ def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] 
             _restore_environment()
 
 
+def in_use() -> bool:
+    """Whether a block of this process uses its Ray."""
+    return bool(_users)
+
+
 def _check_open_ray(profile: Profile) -> None:
     """Raise HelioError where the Ray that this process has open is not the one that the profile asks for."""
     ray = sys.modules.get("ray")

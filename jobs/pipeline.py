@@ -16,6 +16,7 @@ from cluster.plan import environment, kinds_of, log_file, preflight, stages_left
 from cluster.profile import Profile, load_profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG, Run, create_run, write_json
+from cluster.session import in_use
 from jobs.report import write_report
 from jobs.results import collect_results, results_page
 
@@ -80,6 +81,8 @@ def _at_work(run: Run, output: Output) -> Iterator[None]:
             if isinstance(error, KeyboardInterrupt):
                 # Workers and trials would go on in a process that does: they end with Ray.
                 run.close()
+                if in_use():
+                    run.progress.say("what was under way goes on until what else uses Ray here is closed, too")
             run.progress.say(f"stopped: `helio run --resume {run.name}` goes on from the last finished stage")
             raise
         finally:
