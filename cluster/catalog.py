@@ -1,6 +1,7 @@
 """The rooms above, known only by dotted names, so that the command line starts without loading them."""
 
 import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,18 +38,20 @@ class Stage:
 
 
 STAGES = (
-    Stage("ingest", "jobs.ingest:run_stage", "Ingest", None, "jobs.ingest:preflight"),
-    Stage("pretrain", "jobs.pretrain:run_stage", "Pre-train", "jobs.pretrain:check", "jobs.pretrain:preflight"),
+    Stage("ingest", "jobs.ingestion:run_stage", "Ingest", None, "jobs.ingestion:preflight"),
+    Stage(
+        "pretrain", "jobs.pretraining:run_stage", "Pre-train", "jobs.pretraining:check", "jobs.pretraining:preflight"
+    ),
     Stage("tune", "tuning.stage:run_stage", "Search", "tuning.stage:check", "tuning.stage:preflight"),
     Stage("baseline", "tuning.stage:run_baseline_stage", "Search from scratch"),
-    Stage("export", "jobs.export:run_stage", "Export and register"),
+    Stage("export", "jobs.exporting:run_stage", "Export and register"),
     Stage(
         "deploy",
-        "serving.deploy:run_stage",
+        "serving.endpoint:run_stage",
         "Deploy and check",
         None,
-        "serving.deploy:preflight",
-        "serving.deploy:environment",
+        "serving.endpoint:preflight",
+        "serving.endpoint:environment",
         repeats=True,
     ),
 )
@@ -68,3 +71,14 @@ def load(target: str) -> Any:
     """Import `package.module:name` and return the object."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def on_demand(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's `__getattr__` (PEP 562) that imports `names`, each from its module, when they are asked for."""
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return load(f"{names[name]}:{name}")
+
+    return find

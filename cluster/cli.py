@@ -123,7 +123,7 @@ def _predict_data(arguments: argparse.Namespace, output: "Output") -> int:
         for override in overrides:
             document.override(override, ["data"])
         recipe = build_recipe(document)
-    code: int = catalog.load("jobs.predict:predict_command")(
+    code: int = catalog.load("jobs.prediction:predict_command")(
         recipe,
         profile or load_profile("local"),
         arguments.data,
@@ -172,7 +172,7 @@ def _evaluate(arguments: argparse.Namespace, output: "Output") -> int:
     own = [o for o in arguments.overrides if o.startswith("profile.")]
     progress = RunProgress(output.messages)
     run = open_run(arguments.run, profile if arguments.profile else None, own, progress, overrides)
-    code: int = catalog.load("jobs.evaluate:evaluate_command")(run, arguments.json, output)
+    code: int = catalog.load("jobs.evaluation.evaluate:evaluate_command")(run, arguments.json, output)
     return code
 
 
@@ -231,7 +231,7 @@ def _look_at_search(arguments: argparse.Namespace, output: "Output") -> int:
 
 
 def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides: list[str], output: "Output") -> int:
-    from cluster.plan import plan, preflight, stages_until
+    from cluster.plan import plan, preflight, stages_left, stages_until
     from cluster.profile import load_profile
     from cluster.progress import RunProgress
     from cluster.recipe import load_recipe
@@ -255,9 +255,7 @@ def _stages(arguments: argparse.Namespace, profile: "Profile | None", overrides:
     if arguments.dry_run:
         _print_plan(plan(recipe, profile, until), arguments.json)
         return 0
-    stages = stages_until(recipe, until)
-    if arguments.resume:
-        stages = run.remaining(stages)
+    stages = stages_left(run, until) if arguments.resume else stages_until(recipe, until)
     preflight(recipe, profile, stages)
     if not arguments.resume:
         run = create_run(recipe, profile, progress, arguments.name)
@@ -286,7 +284,9 @@ def _deploy(arguments: argparse.Namespace, profile: "Profile | None", overrides:
         return tuned
     if arguments.latency_ms is not None:
         raise HelioError("--latency-ms is of helio deploy RECIPE --tune-batching: give both")
-    code: int = catalog.load("serving.deploy:deploy_command")(recipe, profile, arguments.bundle, arguments.json, output)
+    code: int = catalog.load("serving.endpoint:deploy_command")(
+        recipe, profile, arguments.bundle, arguments.json, output
+    )
     return code
 
 

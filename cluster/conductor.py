@@ -24,7 +24,7 @@ from cluster.errors import HelioError
 from cluster.output import INTERRUPTED, Output, ended
 from cluster.package import PROFILE, RECIPE
 from cluster.parser import UNTIL
-from cluster.plan import kinds_of, need_of, preflight, stages_until
+from cluster.plan import kinds_of, need_of, preflight, stages_left, stages_until
 from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
@@ -58,7 +58,7 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
     until = UNTIL[command][0]
     if resumes:
         run = open_run(name, profile, [], progress)
-        stages = run.remaining(stages_until(run.recipe, until))
+        stages = stages_left(run, until)
         preflight(run.recipe, profile, stages)
     else:
         recipe = load_recipe(RECIPE)
@@ -69,9 +69,7 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
         progress.redirect(output.messages)
         progress.keep(run.directory / PROGRESS_LOG)
         progress.say(f"run {run.name} in {run.directory}")
-        for stage in catalog.STAGES:
-            if stage not in stages and run.result(stage.name) is not None:
-                progress.say(f"{stage.title}: finished before")
+        run.tell_finished(stages)
         with ray_session(profile, kinds_of(stages)):
             code = INTERRUPTED
             try:

@@ -7,6 +7,10 @@ The command line prints the message and exits with 2. Anything else that reaches
 class HelioError(Exception):
     """Something the user can mend."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: where helio noticed is of no use to the user."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class RecipeError(HelioError):
     """A recipe, profile or override that does not validate."""

@@ -3,13 +3,16 @@
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster import catalog
 from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.session import check_capacity_here
+
+if TYPE_CHECKING:
+    from cluster.run import Run
 
 NEED_OF_STAGE = {
     "ingest": "ingest",
@@ -30,6 +33,12 @@ def stages_until(recipe: Recipe, until: str) -> list[catalog.Stage]:
     if tune["checkpoint"] and until != "pretrain":
         left_out.add("pretrain")
     return [stage for stage in catalog.STAGES[: names.index(until) + 1] if stage.name not in left_out]
+
+
+def stages_left(run: "Run", until: str) -> list[catalog.Stage]:
+    """Those of them that a run has not finished, or that are done each time."""
+    stages = stages_until(run.recipe, until)
+    return [stage for stage in stages if stage.repeats or run.result(stage.name) is None]
 
 
 def need_of(profile: Profile, stage: catalog.Stage) -> tuple[float, float]:
@@ -68,12 +77,25 @@ def write_fault(storage: Path) -> str | None:
     return None
 
 
+def check_storage(profile: Profile) -> None:
+    """Raise HelioError where nothing can be written to the profile's storage."""
+    if fault := write_fault(profile.storage_path):
+        raise HelioError(f"profile.storage {profile.storage!r} cannot be written: {fault}")
+
+
+def log_file(profile: Profile, name: str) -> Path:
+    """Where the noise goes of what belongs to no run. Raises HelioError where the storage cannot be written."""
+    check_storage(profile)
+    logs = profile.storage_path / "logs"
+    logs.mkdir(exist_ok=True)
+    return logs / f"{name}.log"
+
+
 def preflight(recipe: Recipe, profile: Profile, stages: Sequence[catalog.Stage]) -> None:
     """Everything that can be known to fail before a run is made or Ray started. Raises HelioError."""
     check(recipe, profile, stages)
     check_capacity_here(profile, kinds_of(stages))
-    if fault := write_fault(profile.storage_path):
-        raise HelioError(f"profile.storage {profile.storage!r} cannot be written: {fault}")
+    check_storage(profile)
     for stage in stages:
         if stage.preflight is not None:
             catalog.load(stage.preflight)(recipe, profile)

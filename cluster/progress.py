@@ -1,4 +1,4 @@
-"""How far a run is: bars with rate and time left on a terminal, one line an interval otherwise.
+"""How far a run is: bars with rate and time left on a terminal and in a notebook, one line an interval otherwise.
 
 What is told is told twice: to people, and to programs as `progress.json` beside the run's progress.log, which holds as
 long as a command is at the run (`helio top` reads it):
@@ -10,6 +10,7 @@ long as a command is at the run (`helio top` reads it):
                         a second, 0 while nobody knows), left_s (null likewise), figures (the last value of each)
 """
 
+import io
 import json
 import logging
 import os
@@ -23,10 +24,17 @@ from typing import IO, Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from cluster.output import in_notebook
+
 RATE_AFTER_S = 0.5
 """Before, a rate would say more of the clock than of the work."""
 DOCUMENT = "progress.json"
 DOCUMENT_EVERY_S = 1.0
+
+DRAWN_EVERY_S = 0.25
+"""In a notebook, where each drawing goes to the browser."""
+CELL_COLUMNS = 110
+"""Characters in a line of a notebook's cell."""
 
 logger = logging.getLogger(__name__)
 
@@ -94,11 +102,41 @@ class _Bars(Progress):
             yield self._below()
 
 
+class _CellBars(_Bars):
+    """The same in the output of a notebook's cell; rich's own way wants widgets, which not every notebook has."""
+
+    _handle: Any = None
+    _drawn = 0.0
+
+    def start(self) -> None:
+        """Begin to show them."""
+        from IPython.display import display
+
+        self._handle = display(self._bundle(), raw=True, display_id=True)
+
+    def stop(self) -> None:
+        """Leave them as they are now."""
+        self._handle.update(self._bundle(), raw=True)
+
+    def update(self, *arguments: Any, **figures: Any) -> None:
+        """See `Progress.update`."""
+        super().update(*arguments, **figures)
+        if time.monotonic() - self._drawn >= DRAWN_EVERY_S:
+            self._drawn = time.monotonic()
+            self._handle.update(self._bundle(), raw=True)
+
+    def _bundle(self) -> dict[str, str]:
+        page = Console(file=io.StringIO(), record=True, force_terminal=True, force_jupyter=False, width=CELL_COLUMNS)
+        page.print(self.get_renderable())
+        html = page.export_html(inline_styles=True, code_format="<pre>{code}</pre>", clear=False)
+        return {"text/html": html, "text/plain": page.export_text()}
+
+
 class RunProgress:
     """Writes to the user's terminal, or to whatever `stream` is."""
 
     def __init__(self, stream: IO[str], interval_s: float = 10.0) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.console = Console(file=stream, highlight=False, soft_wrap=True, force_jupyter=False)
         self.interval_s = interval_s
         self.bars: Progress | None = None
         self._file: Path | None = None
@@ -170,14 +208,15 @@ class RunProgress:
     ) -> Iterator[Task]:
         """Show a piece of work for the length of the block; None: nobody knows yet how much it is.
 
-        On a terminal, what `below` returns stands below the bar, anew each time that it is drawn.
+        On a terminal and in a notebook, what `below` returns stands below the bar, anew each time that it is drawn.
         """
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and not in_notebook():
             with self._under_way(Task(self, title, total, unit)) as task:
                 yield task
             return
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        with _Bars(
+        kind = _CellBars if in_notebook() else _Bars
+        with kind(
             *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console, below=below
         ) as bars:
             self.bars = bars

@@ -44,7 +44,7 @@ class Recipe:
     header: Header
     sections: dict[str, Section]
     given: Given | None = None
-    """None: not on a command line, but read from a run."""
+    """None: not by name, but read from a run, or made of sections."""
 
     @property
     def name(self) -> str:
@@ -60,6 +60,15 @@ class Recipe:
             if isinstance(section, kind):
                 return section
         raise KeyError(kind.__name__)
+
+    def with_sections(self, *sections: Section) -> "Recipe":
+        """The same recipe with these sections in place of its own of their types. Raises RecipeError."""
+        names = {type(section): name for name, section in self.sections.items()}
+        for section in sections:
+            if type(section) not in names:
+                valid = ", ".join(kind.__name__ for kind in names)
+                raise RecipeError(f"{type(section).__name__} is no section of a recipe: those are {valid}")
+        return replace(self, sections={**self.sections, **{names[type(s)]: s for s in sections}}, given=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe, every default written out, as plain data."""
@@ -97,6 +106,12 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         _write_out_default(document, override)
         document.override(override, [*catalog.SECTIONS, *Header.model_fields])
     return replace(build_recipe(document), given=Given(reference, tuple(overrides)))
+
+
+def make_recipe(name: str, *sections: Section, seed: int = 0, description: str = "") -> Recipe:
+    """A recipe of these sections, and the defaults of the others. Raises RecipeError."""
+    document = Document("the recipe", {"name": name, "seed": seed, "description": description})
+    return build_recipe(document).with_sections(*sections)
 
 
 def build_recipe(document: Document) -> Recipe:

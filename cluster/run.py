@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -32,10 +32,13 @@ from cluster.code import code_digest, code_version
 from cluster.cost import Attempt, Meter, total, totals, utc_now
 from cluster.errors import HelioError
 from cluster.metrics import Metrics
+from cluster.output import Output
+from cluster.plan import check_storage
 from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import Recipe, build_recipe
 from cluster.schema import Document, validate
+from cluster.session import ray_session
 
 PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
@@ -44,16 +47,36 @@ LOCK_WAIT_S = 1.0
 """Who only looks whether a run is going on has its lock for less."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
-    """What a stage is given: its recipe and profile, where to write, whom to tell, what earlier stages found."""
+    """What a stage is given: its recipe and profile, where to write, whom to tell, what earlier stages found.
+
+    Several stages share one Ray, from the first that needs it until `close`, or the end of a `with` block.
+    """
 
     recipe: Recipe
     profile: Profile
     directory: Path
     progress: RunProgress
     cleanup: ExitStack = field(default_factory=ExitStack)
-    """What a stage leaves open for the rest of the command, as the endpoint."""
+    """What is open until `close`: Ray, and what a stage leaves open, as the endpoint."""
+
+    def __repr__(self) -> str:
+        return f"<run {self.name} in {self.directory}>"
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def connect(self, kinds: Iterable[str], more: Mapping[str, str] = {}) -> None:
+        """Keep a Ray open on which stages of these kinds have room, as `ray_session` does."""
+        self.cleanup.enter_context(ray_session(self.profile, kinds, more))
+
+    def close(self) -> None:
+        """Close the endpoint and Ray, where they are open. The run can be gone on with."""
+        self.cleanup.close()
 
     @property
     def name(self) -> str:
@@ -81,13 +104,25 @@ class Run:
             raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
         return result
 
-    def remaining(self, stages: Sequence[catalog.Stage]) -> list[catalog.Stage]:
-        """Those of `stages` that a command has to do that goes on with the run."""
-        return [stage for stage in stages if stage.repeats or self.result(stage.name) is None]
+    def tell_finished(self, stages: Sequence[catalog.Stage]) -> None:
+        """Say which stages had finished before `stages` go on."""
+        for stage in catalog.STAGES:
+            if stage not in stages and self.result(stage.name) is not None:
+                self.progress.say(f"{stage.title}: finished before")
 
     def alone(self) -> AbstractContextManager[None]:
         """Keep other commands off this run for the length of the block. Raises HelioError when one is at it."""
         return alone(self.directory)
+
+    @contextmanager
+    def undisturbed(self, output: Output) -> Iterator[None]:
+        """A block whose noise goes to the run's log file, while its progress goes to the user."""
+        try:
+            with output.noise_to(self.directory / "run.log"):
+                self.progress.redirect(output.messages)
+                yield
+        finally:
+            self.progress.redirect(output.messages)
 
     def seconds(self) -> dict[str, float]:
         """Wall time of each finished stage, in the order of the stages."""
@@ -128,11 +163,15 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
 
-def create_run(recipe: Recipe, profile: Profile, progress: RunProgress, name: str | None = None) -> Run:
+def create_run(
+    recipe: Recipe, profile: Profile | None = None, progress: RunProgress | None = None, name: str | None = None
+) -> Run:
     """Make the directory of a new run, called `name`, and record what it was asked to do.
 
-    Raises HelioError where a run of that name is there already.
+    Raises HelioError where a run of that name is there already, or the profile's storage cannot be written.
     """
+    profile = profile or load_profile("local")
+    check_storage(profile)
     runs = profile.storage_path / "runs"
     if name is None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -158,14 +197,14 @@ def create_run(recipe: Recipe, profile: Profile, progress: RunProgress, name: st
             "code": code_version(),
         },
     )
-    return Run(recipe, profile, directory, progress)
+    return Run(recipe, profile, directory, progress or RunProgress(Output().messages))
 
 
 def open_run(
     reference: str,
-    profile: Profile | None,
-    profile_overrides: Sequence[str],
-    progress: RunProgress,
+    profile: Profile | None = None,
+    profile_overrides: Sequence[str] = (),
+    progress: RunProgress | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
     """Open an existing run by name or directory, to go on with its recipe.
@@ -190,7 +229,7 @@ def open_run(
     recipe = Document("run.json", record["recipe"])
     for override in overrides:
         recipe.override(override, catalog.SECTIONS)
-    return Run(build_recipe(recipe), profile, directory, progress)
+    return Run(build_recipe(recipe), profile, directory, progress or RunProgress(Output().messages))
 
 
 def read_attempts(directory: Path) -> dict[str, list[Attempt]]:

@@ -3,13 +3,15 @@
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.errors import CapacityError, HelioError
+from cluster.output import late_log
 from cluster.profile import Profile
 
 SERVE_PORTS = (
@@ -20,8 +22,15 @@ SERVE_PORTS = (
 )
 """Ports that Ray Serve opens beside the endpoint's, by default the same for every Serve on a machine."""
 
+METRICS = "RAY_enable_metrics_collection"
+
 HEAD = "node:__internal_head__"
 """Ray's resource of the node whose proxy takes the requests."""
+
+_users: list[str | None] = []
+"""The Ray cluster's address for each block that uses the Ray of this process; None: one started here."""
+_before: dict[str, str | None] = {}
+"""What the environment held before, of what sessions have set."""
 
 T = TypeVar("T")
 
@@ -117,48 +126,123 @@ def check_capacity_here(profile: Profile, kinds: Iterable[str]) -> None:
 def ray_session(profile: Profile, kinds: Iterable[str], more: Mapping[str, str] = {}) -> Iterator[None]:
     """Connect to Ray, or start it, for the length of the block.
 
-    `more` are environment variables beside those of `session_environment`. A Ray that this process has open already
-    is used as it is. Raises CapacityError before any work begins when one of `kinds` can never be placed, HelioError
-    when the cluster cannot be reached.
+    `more` are environment variables beside those of `session_environment`. Blocks of one process share its Ray, which
+    ends with the last of them; the environment is then as it was. Raises CapacityError before any work begins when one
+    of `kinds` can never be placed, HelioError when the cluster cannot be reached, or this process has another Ray open.
     """
     check_address(profile)
+    _check_open_ray(profile)
     kinds = list(kinds)
-    environment = {**session_environment(profile), **more}
-    os.environ.update(environment)
+    try:
+        environment = {**session_environment(profile), **more}
+        _set_environment(environment)
+        if not _users:
+            _connect(profile, environment)
+        _users.append(profile.address)
+        try:
+            check_capacity(profile, kinds, *resources_in_all(profile), "the cluster")
+            if profile.nodes is None:
+                import ray
+
+                check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            yield
+        finally:
+            _users.remove(profile.address)
+            if not _users:
+                import ray
+
+                ray.shutdown()
+    finally:
+        if not _users:
+            _restore_environment()
+
+
+def in_use() -> bool:
+    """Whether a block of this process uses its Ray."""
+    return bool(_users)
+
+
+def _check_open_ray(profile: Profile) -> None:
+    """Raise HelioError where the Ray that this process has open is not the one that the profile asks for."""
+    ray = sys.modules.get("ray")
+    is_open = ray is not None and ray.is_initialized()
+    if is_open and not _users:
+        raise HelioError(
+            "this process has opened a Ray of its own, whose workers lack what helio sets for them: end it with "
+            "ray.shutdown(), and let the profile say where to run (address)"
+        )
+    if _users and not is_open:
+        raise HelioError("Ray was shut down while a run was open: close that run, then go on with it")
+    if _users and _users[0] != profile.address:
+        there, asked = (address or "this machine" for address in (_users[0], profile.address))
+        raise HelioError(f"profile {profile.name} runs on {asked}, and a run is open on {there}: close that one first")
+
+
+def _connect(profile: Profile, environment: Mapping[str, str]) -> None:
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
+    in_main_thread = threading.current_thread() is threading.main_thread()
     terminate = signal.getsignal(signal.SIGTERM)
     if profile.address is None:
+        ports = dict(zip(SERVE_PORTS, map(str, free_ports(len(SERVE_PORTS))), strict=True))
         # Without a dashboard nobody reads Ray's own metrics; to gather them makes a busy endpoint's p99 twice as long.
-        os.environ.setdefault("RAY_enable_metrics_collection", "0")
-        os.environ.update(zip(SERVE_PORTS, map(str, free_ports(len(SERVE_PORTS))), strict=True))
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(profile),
-            num_gpus=profile.num_gpus,
-            object_store_memory=int(profile.object_store_gb * 2**30),
-            include_dashboard=False,
-            log_to_driver=True,
-        )
+        _set_environment({METRICS: os.environ.get(METRICS, "0"), **ports})
+        try:
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(profile),
+                num_gpus=profile.num_gpus,
+                object_store_memory=int(profile.object_store_gb * 2**30),
+                include_dashboard=False,
+                log_to_driver=True,
+            )
+        except KeyboardInterrupt:
+            # A process that goes on, as a notebook's does, must not be left with half of it.
+            ray.shutdown()
+            raise
     else:
         try:
-            ray.init(address=profile.address, runtime_env={"env_vars": environment}, log_to_driver=True)
+            ray.init(address=profile.address, runtime_env={"env_vars": dict(environment)}, log_to_driver=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise HelioError(
                 f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
             ) from None
-    # Ray's own handler aborts the process three seconds after a SIGTERM, in the middle of an orderly end.
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        check_capacity(profile, kinds, *resources_in_all(profile), "the cluster")
-        if profile.nodes is None:
-            check_nodes(profile, kinds, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        yield
-    finally:
-        ray.shutdown()
+    _keep_late_words()
+    if in_main_thread:
+        # Ray's own handler aborts the process three seconds after a SIGTERM, in the middle of an orderly end.
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def _keep_late_words() -> None:
+    """What workers say when no stage goes on any more belongs to its log, not between the lines of a notebook."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private.worker import print_to_stdstream, print_worker_logs
+
+    def show(data: Any) -> None:
+        log = late_log()
+        if log is None:
+            print_to_stdstream(data, ignore_prefix=False)
+        elif log.parent.is_dir():
+            with log.open("a") as file:
+                print_worker_logs(data, file)
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler("ray_print_logs", show)
+
+
+def _set_environment(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        _before.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
+
+def _restore_environment() -> None:
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _before.clear()
 
 
 def resources_in_all(profile: Profile) -> tuple[float, float]:

@@ -31,15 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = str(profile.storage_path / "runs" / arguments.run)
         run = open_run(directory, profile, [], RunProgress(output.messages))
         preflight(run.recipe, run.profile, [stage])
-        run_stages = catalog.load("jobs.pipeline:run_stages")
-        run_stages(
-            run,
-            [stage],
-            output,
-            keep_serving=arguments.keep_serving,
-            is_conducted=True,
-            is_last=arguments.last,
-        )
+        catalog.load("jobs.pipeline:run_conducted")(run, stage, output, arguments.last, arguments.keep_serving)
         return 0
 
     return ended(work)

@@ -9,7 +9,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -60,7 +60,13 @@ class Chart:
     """A figure with its caption, which is plain text; `svg` is an element for an HTML page."""
 
     caption: str
-    svg: str
+    svg: str = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        # On white also where the notebook is dark: axes and words are black.
+        paper = "display: inline-block; margin: 4px; padding: 4px; background: white; color: black"
+        return f'<figure style="{paper}"><figcaption>{escape(self.caption)}</figcaption>{self.svg}</figure>'
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Rows of captioned pictures and figures, for an HTML page and as PNG files."""
 
+import io
 import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import cv2
 import numpy as np
@@ -52,6 +53,12 @@ class Plot:
     layout: Literal["constrained"] | None = "constrained"
     """None where `paint` lays out everything itself."""
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of it."""
+        drawn = io.BytesIO()
+        _draw_png(self, drawn)
+        return drawn.getvalue()
+
 
 def gallery_plot(gallery: Gallery) -> Plot:
     """A gallery as a figure: a row of pictures below each name, laid out in inches."""
@@ -95,6 +102,10 @@ def _thumbnail(data: bytes) -> Pixels:
 
 def save_png(plot: Plot, path: Path) -> None:
     """Draw a figure into a PNG file. Raises OSError."""
+    write_atomic(path, lambda target: _draw_png(plot, target))
+
+
+def _draw_png(plot: Plot, target: Path | IO[bytes]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -103,7 +114,7 @@ def save_png(plot: Plot, path: Path) -> None:
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=plot.inches, dpi=PNG_DPI, layout=plot.layout)
         plot.paint(figure)
-        write_atomic(path, lambda target: figure.savefig(target, format="png"))
+        figure.savefig(target, format="png")
 
 
 def gallery_html(gallery: Gallery) -> str:

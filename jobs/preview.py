@@ -65,11 +65,7 @@ def write_preview(dataset: Dataset, directory: Path, recipe: "Recipe | None") ->
     `recipe` says how images are augmented; without one it is the default. Raises DataError when the directory cannot
     be written or an image of the data set cannot be read.
     """
-    clusters = _clusters(dataset)
-    scan = _scan(dataset, [row["id"] for rows in clusters for row in rows])
-    found = [_contact_sheet(dataset, scan), *_augmented(dataset, recipe), _near_duplicates(dataset, clusters, scan)]
-    galleries = [gallery for gallery in found if gallery.rows]
-    plots = [_class_balance(dataset), _distributions(dataset, scan)]
+    galleries, plots = _parts(dataset, recipe)
     page = _page(dataset, galleries, plots)
     drawn = [*map(gallery_plot, galleries), *plots]
     try:
@@ -81,6 +77,19 @@ def write_preview(dataset: Dataset, directory: Path, recipe: "Recipe | None") ->
     except OSError as error:
         raise DataError(f"--output {str(directory)!r} cannot be written: {error.strerror}") from None
     return files
+
+
+def preview_plots(dataset: Dataset, recipe: "Recipe | None") -> list[Plot]:
+    """The parts of the page, for a notebook to show. Raises DataError when an image cannot be read."""
+    galleries, plots = _parts(dataset, recipe)
+    return [*map(gallery_plot, galleries), *plots]
+
+
+def _parts(dataset: Dataset, recipe: "Recipe | None") -> tuple[list[Gallery], list[Plot]]:
+    clusters = _clusters(dataset)
+    scan = _scan(dataset, [row["id"] for rows in clusters for row in rows])
+    found = [_contact_sheet(dataset, scan), *_augmented(dataset, recipe), _near_duplicates(dataset, clusters, scan)]
+    return [gallery for gallery in found if gallery.rows], [_class_balance(dataset), _distributions(dataset, scan)]
 
 
 def _scan(dataset: Dataset, ids: Sequence[str]) -> _Scan:

@@ -81,7 +81,7 @@ def build(args: dict[str, Any]) -> Any:
     """
     from jobs.registry import Registry
     from serving.app import build_application
-    from serving.deploy import start_control
+    from serving.endpoint import start_control
 
     profile = validate(Profile, args["profile"], Document("serveConfigV2", {}), ("profile",))
     config = validate(ServeConfig, args["serve"], Document("serveConfigV2", {}), ("serve",))

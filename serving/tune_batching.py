@@ -25,13 +25,14 @@ import numpy as np
 import ray
 
 from cluster.errors import CapacityError, HelioError
+from cluster.plan import log_file
 from cluster.profile import Profile, ReplicaResources
 from cluster.progress import RunProgress
 from cluster.run import write_json
 from cluster.session import ray_session
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
-from serving.deploy import find_version
+from serving.endpoint import find_version
 from serving.metrics.replica import Metrics
 from serving.records.hours import record_directory
 from serving.served import Served, runs_in_loop
@@ -234,9 +235,7 @@ def tune_command(
     budget_ms = LATENCY_MS if latency_ms is None else latency_ms
     if not 0 < budget_ms < math.inf:
         raise HelioError(f"--latency-ms must be a time above 0, got {budget_ms:g}")
-    logs = profile.storage_path / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with output.noise_to(logs / "tune-batching.log"):
+    with output.noise_to(log_file(profile, "tune-batching")):
         version = find_version(recipe, profile, bundle)
         version.open()
         with ray_session(profile, ["deploy"]):

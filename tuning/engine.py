@@ -75,6 +75,8 @@ def run_trials(
             name=NAME,
             storage_path=str(directory),
             verbose=0,
+            # Ray's own for notebooks shows itself whatever `verbose` says, and clears what stands in the cell.
+            progress_reporter=tune.CLIReporter(),
             stop=_LedgerStopper(bridge),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),

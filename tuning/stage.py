@@ -13,6 +13,8 @@ from cluster.recipe import Recipe
 from cluster.run import Run
 from jobs.data.config import DataConfig
 from jobs.model.config import ModelConfig
+from jobs.outcomes import Search
+from jobs.pipeline import reach
 from jobs.training.checkpoint import Checkpoint
 from jobs.training.config import ExportConfig, FinetuneConfig
 from tuning.config import SCRATCH, TuneConfig
@@ -56,6 +58,14 @@ def preflight(recipe: Recipe, profile: Profile) -> None:
     if config.checkpoint is not None and config.checkpoint != SCRATCH:
         model, image_size = recipe.section(ModelConfig), recipe.section(DataConfig).image_size
         Checkpoint.open(config.checkpoint).check_model(model, image_size)
+
+
+def tune(run: Run | Recipe, profile: Profile | None = None) -> Search:
+    """What `helio tune` does, on an open run or on a new one of a recipe: go on to the search. Raises HelioError.
+
+    Interrupted, the next call with the same run goes on with the same study.
+    """
+    return Search.of(reach(run, profile, "tune"))
 
 
 def run_stage(run: Run) -> dict[str, Any]:

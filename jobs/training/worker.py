@@ -1,4 +1,4 @@
-"""What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretrain`."""
+"""What each worker of distributed pre-training runs, from data to checkpoint. Started by `jobs.pretraining`."""
 
 import functools
 import math

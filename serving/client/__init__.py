@@ -13,11 +13,14 @@ from serving.client.answers import (
 )
 from serving.client.clients import AsyncClient, Client
 from serving.client.command import endpoint_url, predict_command
+from serving.client.heat_map import overlay
+from serving.client.pixels import Image
 from serving.client.retries import Retries
 
 __all__ = [
     "AsyncClient",
     "Client",
+    "Image",
     "ImageError",
     "NotAllowed",
     "OverLimit",
@@ -26,5 +29,6 @@ __all__ = [
     "Retries",
     "StatusError",
     "endpoint_url",
+    "overlay",
     "predict_command",
 ]

@@ -9,7 +9,6 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
@@ -26,6 +25,7 @@ from serving.client.answers import (
     read_one,
     status_error,
 )
+from serving.client.pixels import Image, load
 from serving.client.retries import Outcome, Retries, Tries
 
 KEY_VARIABLE = "HELIO_API_KEY"
@@ -189,15 +189,7 @@ def document(reply: Reply, status: int = 200) -> dict[str, Any]:
     return found
 
 
-def load(image: bytes | Path) -> bytes | ImageError:
-    """The encoded bytes of an image, or why its file cannot be read."""
-    try:
-        return image.read_bytes() if isinstance(image, Path) else image
-    except OSError as error:
-        return ImageError(f"cannot be read: {error.strerror}")
-
-
-def batches(images: Iterable[bytes | Path], batch_size: int) -> Iterator[list[bytes | ImageError]]:
+def batches(images: Iterable[Image], batch_size: int) -> Iterator[list[bytes | ImageError]]:
     """The images in groups for one request each, read when their turn comes."""
     batch: list[bytes | ImageError] = []
     held = 0

@@ -7,14 +7,14 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from cluster.errors import EndpointError
 from serving.client.answers import ImageError, Prediction, Reply
-from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, load, of_model
+from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, of_model
 from serving.client.connection import AsyncPool, Pool, Verify
+from serving.client.pixels import Image, load
 from serving.client.retries import Retries
 
 BATCH_SIZE = 8
@@ -59,7 +59,7 @@ class Client:
 
     def predict(
         self,
-        image: bytes | Path,
+        image: Image,
         *,
         top_k: int | None = None,
         probabilities: bool = False,
@@ -69,7 +69,7 @@ class Client:
         model: str | None = None,
         request_id: str | None = None,
     ) -> Prediction:
-        """Classify one image, given as encoded bytes or as a file.
+        """Classify one image: a file, encoded bytes, a uint8 array [height, width, 3], RGB, or an image of Pillow.
 
         `top_k` is how many of the best classes come back; `probabilities`, `embedding` and `heat_map` ask for more of
         the answer. `user` is whom a roll-out keeps on one version. `model` is another one that the endpoint serves
@@ -84,7 +84,7 @@ class Client:
 
     def predict_many(
         self,
-        images: Iterable[bytes | Path],
+        images: Iterable[Image],
         *,
         top_k: int | None = None,
         probabilities: bool = False,
@@ -205,7 +205,7 @@ class AsyncClient:
 
     async def predict(
         self,
-        image: bytes | Path,
+        image: Image,
         *,
         top_k: int | None = None,
         probabilities: bool = False,
@@ -217,12 +217,12 @@ class AsyncClient:
     ) -> Prediction:
         """As `Client.predict`."""
         options = Options(top_k, probabilities, embedding, heat_map, user, model)
-        loaded = await asyncio.to_thread(load, image) if isinstance(image, Path) else image
+        loaded = image if isinstance(image, bytes) else await asyncio.to_thread(load, image)
         return _only(await self._answer([loaded], options, request_id))
 
     async def predict_many(
         self,
-        images: Iterable[bytes | Path],
+        images: Iterable[Image],
         *,
         top_k: int | None = None,
         probabilities: bool = False,

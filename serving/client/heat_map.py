@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from cluster.errors import HelioError
+from serving.client.answers import ImageError
+from serving.client.pixels import Image, load
 
 MAX_SIDE = 1024
 """Of a picture, pixels: larger images are shrunk."""
@@ -41,8 +43,8 @@ class HeatMaps:
         return name
 
 
-def overlay(image: bytes, heat_map: list[list[float]] | None) -> bytes:
-    """PNG of an encoded image with its heat map over the centred square that the model sees. Raises HelioError."""
+def overlay(image: Image, heat_map: list[list[float]] | None) -> bytes:
+    """PNG of an image with its heat map over the centred square that the model sees. Raises HelioError."""
     import cv2
     import numpy as np
 
@@ -54,8 +56,11 @@ def overlay(image: bytes, heat_map: list[list[float]] | None) -> bytes:
         heat = np.empty(0, np.float32)
     if heat.ndim != 2 or not heat.size or not np.isfinite(heat).all():
         raise HelioError("the endpoint sent no heat map with its answer")
+    loaded = load(image)
+    if isinstance(loaded, ImageError):
+        raise loaded
     # OpenCV's pictures are BGR.
-    picture = cv2.cvtColor(decode_image(image), cv2.COLOR_RGB2BGR)
+    picture = cv2.cvtColor(decode_image(loaded), cv2.COLOR_RGB2BGR)
     height, width = picture.shape[:2]
     shrink = MAX_SIDE / max(height, width)
     if shrink < 1:

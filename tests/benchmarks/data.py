@@ -76,7 +76,7 @@ def _ingested(scratch: Path, recipe: str, source: Path, fresh: bool = False, *ov
     from cluster.progress import RunProgress
     from cluster.recipe import load_recipe
     from cluster.run import create_run
-    from jobs.ingest import run_stage
+    from jobs.ingestion import run_stage
 
     storage = scratch / "storage"
     if fresh:

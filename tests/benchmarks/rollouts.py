@@ -22,7 +22,7 @@ from cluster.profile import Profile
 from cluster.session import free_ports, ray_session
 from jobs.registry import ModelVersion
 from serving.config import ServeConfig
-from serving.deploy import endpoint
+from serving.endpoint import endpoint
 from tests.measure import run_benchmark
 from tests.rollouts.crowd import Told, ask, pictures
 from tests.rollouts.versions import IMAGE_SIZE, SETTINGS, make_versions

@@ -282,7 +282,7 @@ def serve(name: str, bundle: str, port: str, storage: str) -> None:
     from jobs.bundle import Bundle
     from jobs.registry import ModelVersion
     from serving.config import ServeConfig
-    from serving.deploy import endpoint
+    from serving.endpoint import endpoint
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = ServeConfig(port=int(port), min_replicas=PROCESSES, max_replicas=PROCESSES, max_batch_size=MODELS[name][2])

@@ -28,7 +28,7 @@ from jobs.registry import ModelVersion
 from serving.admission import Quota
 from serving.client import Client
 from serving.config import APPLICATION, ServeConfig
-from serving.deploy import endpoint
+from serving.endpoint import endpoint
 from serving.keys import KeyStore, control_db
 from tests.measure import run_benchmark
 from tests.operations.traffic import Send, Traffic, client_senders, eventually, gone, kill, plain_senders, processes

@@ -40,28 +40,29 @@ class Walk:
         return next(text for text in self.printed if f"+ {command}" in text)
 
 
-def blocks() -> list[str]:
-    """The README's blocks of commands, without those that set this very environment up."""
-    found = re.findall(r"^```bash\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    return [block for block in found if not block.startswith("make ")]
+def blocks() -> list[tuple[str, str]]:
+    """The README's blocks of commands and of Python, without those that set this very environment up."""
+    found = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    return [(language, block) for language, block in found if not block.startswith("make ")]
 
 
 @pytest.fixture(scope="session")
 def walk(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Walk:
-    """Every command of the README, in order, in an empty directory; only the port is another."""
+    """Every block of the README, in order, in an empty directory; only the port is another."""
     directory = tmp_path_factory.mktemp("newcomer")
     port = str(free_ports(1)[0])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     printed = []
-    for block in blocks():
+    for language, block in blocks():
         script = re.sub(r"^helio (run|deploy) (\S+)", rf"helio \1 \2 serve.port={port}", block, flags=re.MULTILINE)
         script = script.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
         script = re.sub(
             r"^helio predict (?!--data)", f"helio predict --endpoint http://127.0.0.1:{port} ", script, flags=re.M
         )
         # Job control as in a person's own shell, without which `kill %1` knows no job.
+        shells = {"bash": ["bash", "-euxmo", "pipefail", "-c", script], "python": [sys.executable, "-c", block]}
         done = subprocess.run(
-            ["bash", "-euxmo", "pipefail", "-c", script],
+            shells[language],
             cwd=directory,
             env={**os.environ, "PATH": path},
             stdout=subprocess.PIPE,

@@ -13,6 +13,8 @@ from tests.end_to_end.conftest import README, Walk
 def test_every_command_of_the_readme_ends_well(walk: Walk) -> None:
     assert "3" in walk.output_of("helio predict").split("0003.png  ")[1][:1]
     assert '"digest"' in walk.output_of("curl")
+    (table,) = [text for text in walk.printed if "knn_accuracy" in text and "COMPLETE" in text]
+    assert f"{walk.results['stages']['pretrain']['knn_pretrained']:.6f}" in table
 
 
 def test_make_targets_of_the_readme_exist() -> None:

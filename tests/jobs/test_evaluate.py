@@ -20,9 +20,9 @@ from cluster.recipe import load_recipe
 from cluster.run import Run, create_run, write_json
 from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
-from jobs.evaluate import evaluate
 from jobs.evaluation.cells import Cell, Finetuning, pack, unpack
 from jobs.evaluation.config import EvaluateConfig
+from jobs.evaluation.evaluate import evaluate
 from jobs.evaluation.page import evaluation_page
 from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.statistics import accuracy, difference, estimate

@@ -26,7 +26,7 @@ from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.location import Location
 from jobs.data.sources.contract import Part
 from jobs.data.sources.folder import FolderSource
-from jobs.predict import ShardPart, dataset_parts, predict_parts
+from jobs.prediction import ShardPart, dataset_parts, predict_parts
 from tests.conftest import MakeRun, carry_out
 from tests.recorded import Recorded
 from tests.serving.conftest import CLASSES, Direct, picture
@@ -83,7 +83,7 @@ def test_every_image_is_predicted_as_the_bundle_does_or_listed_with_its_reason(
 ) -> None:
     source = FolderSource(Location.parse(str(photos)))
     metrics = Recorded()
-    monkeypatch.setattr("jobs.predict.Metrics", lambda run, recipe: metrics)
+    monkeypatch.setattr("jobs.prediction.Metrics", lambda run, recipe: metrics)
     summary = predict(lambda: source.parts(), tmp_path)
     assert (summary["read"], summary["predicted"], summary["failed"]) == (20, 16, 4)
     assert metrics.series("helio_predict_images_total") == {"": 20}
@@ -193,7 +193,7 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(bundle: tuple[Bundle, An
 
 
 def test_the_driver_does_not_load_tensorflow(environment: None, tmp_path: Path) -> None:
-    code = "import sys, jobs.predict\nprint(sorted({'tensorflow', 'keras', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, jobs.prediction\nprint(sorted({'tensorflow', 'keras', 'mlflow'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert loaded.stdout.strip() == "[]"
 

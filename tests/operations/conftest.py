@@ -12,7 +12,7 @@ from cluster.profile import load_profile
 from cluster.session import free_ports
 from jobs.registry import ModelVersion
 from serving.config import APPLICATION, ServeConfig
-from serving.deploy import endpoint
+from serving.endpoint import endpoint
 from serving.keys import KeyStore, control_db
 from tests.operations.traffic import Traffic, client_senders, eventually, plain_senders, processes
 from tests.serving.conftest import picture, write_tiny_bundle

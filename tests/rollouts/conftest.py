@@ -9,7 +9,7 @@ from cluster.profile import load_profile
 from cluster.session import free_ports
 from jobs.registry import ModelVersion, Registry
 from serving.config import ServeConfig
-from serving.deploy import endpoint
+from serving.endpoint import endpoint
 from tests.rollouts.versions import SETTINGS, make_versions
 
 

@@ -16,7 +16,7 @@ from jobs.registry import ModelVersion
 from serving.check import largest_difference, spread_over_classes
 from serving.client import Client, Prediction
 from serving.config import ServeConfig
-from serving.deploy import endpoint, preflight
+from serving.endpoint import endpoint, preflight
 from serving.endpoints import find_endpoints
 from tests.serving.conftest import CLASSES, Deployed, picture
 

@@ -13,7 +13,7 @@ from cluster.recipe import load_recipe
 from cluster.session import free_ports
 from cluster.tls.certificate import PemFiles, read_pair
 from serving.config import ServeConfig
-from serving.deploy import preflight
+from serving.endpoint import preflight
 from serving.https import notice
 from tests.tls.certificates import make_pair
 

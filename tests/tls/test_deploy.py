@@ -25,7 +25,7 @@ from serving import open_inference_pb2 as messages
 from serving.check import ask_endpoint
 from serving.client import Client
 from serving.config import ServeConfig
-from serving.deploy import endpoint
+from serving.endpoint import endpoint
 from serving.https import https, trust
 from serving.open_inference_grpc import SERVICE
 from tests.serving.conftest import CLASSES, Direct, picture

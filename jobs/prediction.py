@@ -30,7 +30,7 @@ import ray
 
 from cluster.errors import CapacityError, DataError, HelioError
 from cluster.metrics import Metrics
-from cluster.plan import preflight
+from cluster.plan import log_file, preflight
 from cluster.profile import Profile
 from cluster.progress import RunProgress
 from cluster.session import ray_session, resources_in_all
@@ -142,12 +142,31 @@ def predict_command(
     output: "Output",
 ) -> int:
     """`helio predict --data`: label every image of `source` into `output_uri`. Raises HelioError."""
+    summary = label_source(recipe, profile, source, output_uri, bundle_directory, split, output)
+    line = (
+        "{read:,} images = {predicted:,} predicted + {failed:,} failed, {images_per_second:,.0f} images/s, in {output}"
+    )
+    print(_json(summary).decode().rstrip() if as_json else line.format(**summary), file=output.results)
+    return 0
+
+
+def label_source(
+    recipe: "Recipe",
+    profile: Profile,
+    source: str,
+    output_uri: str,
+    bundle_directory: str | None,
+    split: str | None,
+    output: "Output",
+) -> dict[str, Any]:
+    """Label every image of `source` with the bundle, or the champion of the recipe; returns summary.json's content.
+
+    Raises HelioError.
+    """
     preflight(recipe, profile, ())
     config = DataConfig.model_validate({**recipe.section(DataConfig).model_dump(), "source": source})
     target = _open_target(output_uri, config.source)
-    logs = profile.storage_path / "logs"
-    logs.mkdir(exist_ok=True)
-    with output.noise_to(logs / "predict.log"):
+    with output.noise_to(log_file(profile, "predict")):
         if bundle_directory:
             bundle = Bundle.open(Path(bundle_directory).resolve())
         else:
@@ -159,12 +178,7 @@ def predict_command(
             figures = predict_parts(parts, total, target, bundle, profile, progress)
         summary = {"output": str(target), "source": config.source, "bundle_digest": bundle.digest, **figures}
         target.join("summary.json").write_bytes(_json(summary))
-        line = (
-            "{read:,} images = {predicted:,} predicted + {failed:,} failed, {images_per_second:,.0f} images/s, "
-            "in {output}"
-        )
-        print(_json(summary).decode().rstrip() if as_json else line.format(**summary), file=output.results)
-    return 0
+    return summary
 
 
 def predict_parts(

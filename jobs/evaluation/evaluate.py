@@ -39,11 +39,23 @@ def evaluate_command(run: Run, as_json: bool, output: "Output") -> int:
 
     Raises HelioError where the run has no pre-trained backbone, or its data set no labels.
     """
+    document = evaluate_run(run, output)
+    if as_json:
+        print(json.dumps(document, indent=2), file=output.results, flush=True)
+    else:
+        run.progress.console.print(evaluation_page(document))
+        run.progress.say(f"report: {run.directory / 'report.html'}")
+    if run.result("export") is not None:
+        run.progress.say("the bundle that this run exported before keeps its manifest")
+    return 0
+
+
+def evaluate_run(run: Run, output: "Output") -> dict[str, Any]:
+    """Evaluate a run, write evaluation.json and the report, and return the document. Raises HelioError as above."""
     with run.alone():
         protocol = Protocol(run)
         check_capacity_here(run.profile, [KIND])
-        with output.noise_to(run.directory / "run.log"):
-            run.progress.redirect(output.messages)
+        with run.undisturbed(output):
             run.progress.keep(run.directory / PROGRESS_LOG)
             run.progress.say(f"evaluation of run {run.name} in {run.directory}")
             try:
@@ -52,14 +64,7 @@ def evaluate_command(run: Run, as_json: bool, output: "Output") -> int:
                 run.progress.say("stopped: the same command goes on with what is not done")
                 raise
             write_report(run)
-            if as_json:
-                print(json.dumps(document, indent=2), file=output.results, flush=True)
-            else:
-                run.progress.console.print(evaluation_page(document))
-                run.progress.say(f"report: {run.directory / 'report.html'}")
-            if run.result("export") is not None:
-                run.progress.say("the bundle that this run exported before keeps its manifest")
-    return 0
+    return document
 
 
 def evaluate(protocol: Protocol) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import EndpointError
+from cluster.plan import log_file
 from cluster.profile import Profile
 from cluster.run import Run
 from cluster.session import HEAD, ray_session
@@ -216,10 +217,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     from serving import check
 
     config = run.recipe.section(ServeConfig)
-    exported = run.require("export")
-    version = ModelVersion(
-        exported["model"], str(exported["version"]), Path(exported["bundle"]), exported["bundle_digest"]
-    )
+    version = exported_version(run)
     dataset = Dataset.open(Path(run.require("ingest")["dataset"]))
     held_out = check.HeldOut.read(dataset, config.check_images)
     expected = check.predict_directly(version, held_out.images, config.max_batch_size, run.profile.replicas)
@@ -245,15 +243,21 @@ def run_stage(run: Run) -> dict[str, Any]:
     return found
 
 
+def exported_version(run: Run) -> ModelVersion:
+    """What the run has registered. Raises HelioError where it has not exported yet."""
+    exported = run.require("export")
+    return ModelVersion(
+        exported["model"], str(exported["version"]), Path(exported["bundle"]), exported["bundle_digest"]
+    )
+
+
 def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_json: bool, output: "Output") -> int:
     """`helio deploy`: serve the champion, or the bundle given, until Ctrl-C or SIGTERM."""
     preflight(recipe, profile)
     config = recipe.section(ServeConfig)
-    logs = profile.storage_path / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    with output.noise_to(logs / "deploy.log"):
+    with output.noise_to(log_file(profile, "deploy")):
         version = find_version(recipe, profile, bundle)
-        with ray_session(profile, ["deploy"], environment(recipe)), endpoint(profile, config, version) as url:
+        with served(recipe, profile, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)
             try:
@@ -264,6 +268,16 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
             except KeyboardInterrupt:
                 print("helio: stopping the endpoint", file=output.messages)
     return 0
+
+
+@contextmanager
+def served(recipe: "Recipe", profile: Profile, version: ModelVersion) -> Iterator[str]:
+    """`endpoint` with the recipe's settings, on a Ray that has room for it; yields the URL."""
+    with (
+        ray_session(profile, ["deploy"], environment(recipe)),
+        endpoint(profile, recipe.section(ServeConfig), version) as url,
+    ):
+        yield url
 
 
 def find_version(recipe: "Recipe", profile: Profile, directory: str | None) -> ModelVersion:
