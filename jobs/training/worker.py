@@ -180,6 +180,8 @@ class _Worker:
         started, told = time.monotonic() - self.begun.elapsed_s, time.monotonic()
         for batch in stream:
             figures += self.train_step(_for_model(batch), tf.constant(batch.targets(len(self.dataset.classes)))).numpy()
+            # Before this worker has a wish of its own, which the others hear of with the next step.
+            is_over = bool(self.wish.numpy() > 0)
             self.step += 1
             since += 1
             now = time.monotonic()
@@ -190,7 +192,6 @@ class _Worker:
                 spent = (self.spent + _spent(figures, stream.account)).tolist()
                 loss = _means(figures, since)["loss"]
                 self._tell_step({"loss": loss, "data_wait_share": waited, "spent_s": spent})
-            is_over = bool(self.wish.numpy() > 0)
             too_many = figures[SKIPPED] > max(MOST_SKIPPED, since * MOST_SKIPPED_SHARE)
             if too_many or (self.step in ends and figures[SKIPPED] == since):
                 # It is the same figure on every worker: all of them stop here, once the driver knows.
