@@ -21,7 +21,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -76,7 +76,8 @@ class Run:
 
     def close(self) -> None:
         """Close the endpoint and Ray, where they are open. The run can be gone on with."""
-        self.cleanup.close()
+        with Output().noise_to(self.directory / "run.log") if self.directory.is_dir() else nullcontext():
+            self.cleanup.close()
 
     @property
     def name(self) -> str:

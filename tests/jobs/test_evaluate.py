@@ -28,6 +28,7 @@ from jobs.evaluation.protocol import Protocol
 from jobs.evaluation.statistics import accuracy, difference, estimate
 from jobs.evaluation.verdict import lacks_gain, no_verdict, overall
 from jobs.model.config import ModelConfig
+from jobs.outcomes import Evaluated
 from jobs.registry import Registry
 from jobs.training.checkpoint import State, host_copies, write_checkpoint
 from jobs.training.config import FinetuneConfig
@@ -130,6 +131,15 @@ def test_a_cut_evaluation_goes_on_and_does_nothing_twice(dead_run: Run, evaluate
     again = Protocol(dead_run)
     assert again.pending() == []
     assert again.progress()[0] == again.progress()[1]
+
+
+def test_an_evaluation_is_a_table(evaluated: Any) -> None:
+    document = evaluated[0]
+    table = Evaluated("dead", document, document["verdict"]["verdict"]).table
+    entry = document["fractions"][0]
+    row = table.loc[(entry["fraction"], "linear", "scratch")]
+    assert [row["low"], row["high"]] == entry["linear"]["scratch"]["interval"]
+    assert len(table) == 2 * 3 * len(document["fractions"])
 
 
 def test_a_setting_redoes_what_it_touches_alone(dead_run: Run, evaluated: Any) -> None:
