@@ -126,7 +126,10 @@ class Metrics:
                     self._record(name, "set", value, dict(labels))
 
     def _record(self, name: str, verb: str, value: float, labels: dict[str, str]) -> None:
-        getattr(_metric(name), verb)(float(value), {**self._of_all, **labels})
+        # Ray takes labels in ASCII alone.
+        given = self._of_all | labels
+        plain = {label: text.encode("ascii", "backslashreplace").decode() for label, text in given.items()}
+        getattr(_metric(name), verb)(float(value), plain)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ name: killed at any moment, the next run goes on from there. The same source, un
 import datetime
 import fcntl
 import hashlib
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -155,7 +156,7 @@ def _kinds(reasons: Mapping[str, int]) -> Counter[str]:
     """Reasons without what a library has to say of each image, and of these the most frequent: labels are few."""
     kinds: Counter[str] = Counter()
     for reason, count in reasons.items():
-        kinds[reason.partition(":")[0]] += count
+        kinds[re.split(r": | \(| …", reason)[0]] += count
     frequent = Counter(dict(kinds.most_common(MOST_REASONS)))
     if rest := kinds.total() - frequent.total():
         frequent["other"] += rest

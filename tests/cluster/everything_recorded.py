@@ -22,7 +22,7 @@ def main() -> None:
     verbs = {"counter": metrics.count, "gauge": metrics.set, "histogram": metrics.observe}
     with metrics.stage("pretrain"):
         for name, family in FAMILIES.items():
-            verbs[family.kind](name, 1, **dict.fromkeys(family.labels, "any"))
+            verbs[family.kind](name, 1, **dict.fromkeys(family.labels, "größer als …"))
         sys.stdin.read()
 
 

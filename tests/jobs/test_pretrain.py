@@ -292,9 +292,9 @@ def test_kill_9_of_a_worker_costs_no_more_than_what_came_after_the_last_checkpoi
     figures = {name: metrics.series(f"helio_pretrain_{name}") for name in ("restarts", "workers", "step", "remedies")}
     assert figures == {"restarts": {"": 1}, "workers": {"": 2}, "step": {"": 80}, "remedies": {"": 0}}
     assert metrics.series("helio_pretrain_knn_accuracy") == {"": result["history"][-1]["knn_accuracy"]}
-    # Those that were done again count again, those of the damaged checkpoint among them.
+    # Those that were done again count again, as far as worker 0 had told of them.
     batch = run.recipe.section(PretrainConfig).global_batch_size
-    assert metrics.series("helio_pretrain_images_total")[""] >= (80 + interval) * batch
+    assert metrics.series("helio_pretrain_images_total")[""] >= 80 * batch
     assert metrics.series("helio_pretrain_step_seconds").keys() == {"compute", "all_reduce", "input"}
 
 
