@@ -153,7 +153,8 @@ def _start_behind_proxy(
     record = _start(profile, "head", words, cpus, gpus)
     log = _path(profile).with_suffix(".tls.log")
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    command = [sys.executable, "-m", "cluster.tls.dashboard", str(files.certificate), str(files.key)]
+    # -P: what lies in this directory is nothing of ours.
+    command = [sys.executable, "-P", "-m", "cluster.tls.dashboard", str(files.certificate), str(files.key)]
     command += [listen, f"127.0.0.1:{plain}", str(record.node.pid)]
     process, begun = begin(command, os.environ, log)
     record = replace(record, proxy=begun)

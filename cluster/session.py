@@ -40,6 +40,11 @@ def session_environment(profile: Profile) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": profile.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A machine that loses its power closes no connection. By Ray's own 5 + 2 minutes, its tasks would be waited for
+        # long after the cluster has given it up. More often than once a minute is refused by nodes that were started
+        # without this.
+        "RAY_grpc_client_keepalive_time_ms": "65000",
+        "RAY_grpc_client_keepalive_timeout_ms": "15000",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.train.wait_for_workers_s:g}",
         # Ray Train would move its workers into a directory of its own, where relative paths mean something else.

@@ -26,6 +26,8 @@ class Lab:
     client: Machine
     other: Machine
     """Of another user, who has the token, too."""
+    spares: list[Machine]
+    """That may join later."""
     storage: Path
     cpus: int
     fields: dict[str, Any] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Lab:
             shutil.copy(self.head.home / file, machine.home / file)
 
     def join(self, machine: Machine) -> None:
-        """Make a machine a node."""
+        """Make a machine a worker node."""
         self.write_profile(machine)
         self.trust(machine)
         done = self.helio(machine, "cluster", "join", f"--cpus={self.cpus}", "--gpus=0")
@@ -66,14 +68,14 @@ class Lab:
 
 
 @contextmanager
-def lab(workers: int, directory: Path, cpus: int, **fields: Any) -> Iterator[Lab]:
+def lab(workers: int, directory: Path, cpus: int, spares: int = 0, **fields: Any) -> Iterator[Lab]:
     """A head node and so many workers, of `cpus` logical CPUs each, and two clients; `fields` are the profile's."""
-    with machines(workers + 3, directory) as (head, client, other, *others):
-        found = Lab(head, others, client, other, directory / "storage", cpus, fields)
+    with machines(workers + spares + 3, directory) as (head, client, other, *others):
+        found = Lab(head, others[:workers], client, other, others[workers:], directory / "storage", cpus, fields)
         found.write_profile(head)
         up = found.helio(head, "cluster", "up", f"--cpus={cpus}", "--gpus=0")
         assert up.returncode == 0, up.stderr
-        for machine in others:
+        for machine in found.workers:
             found.join(machine)
         for machine in (client, other):
             found.write_profile(machine)
