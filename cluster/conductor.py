@@ -161,11 +161,11 @@ class Conductor:
             words += ["--last", *(["--keep-serving"] if self._keeps_serving else [])]
         return submission.send(
             self._dashboard,
-            f"{run.name}.{stage.name}{f'.{number}' if number > 1 else ''}",
+            f"{run.name}-{stage.name}{f'-{number}' if number > 1 else ''}",
             f"cluster.stage_job {shlex.join(words)}",
             ray.get_runtime_context().runtime_env["working_dir"],
             submission.STOP_S,
-            {"helio_run": run.name, "helio_stage": stage.name, "helio_storage": str(run.storage)},
+            {submission.RUN: run.name, submission.STAGE: stage.name, submission.STORAGE: str(run.storage)},
         )
 
     def _watch(self, stage: catalog.Stage, job: str) -> tuple[JobDetails, bool]:

@@ -1,6 +1,8 @@
 """One stage of a run, as the job that its conductor (cluster.conductor) lets the cluster do.
 
-python -m cluster.stage_job RUN STAGE [--last] [--keep-serving]
+    python -m cluster.stage_job RUN STAGE [--last] [--keep-serving]
+
+It finds the profile in the package that it runs in (cluster.package), and the run in the storage.
 """
 
 import argparse

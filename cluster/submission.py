@@ -3,7 +3,8 @@
     helio submit cifar10 --profile prod.yaml --follow
 
 A job is named as its run, so that what is in the run's directory outlives the cluster. What it is resubmitted as has a
-number behind the name. It conducts the run's stages (cluster.conductor), each a job of its own: RUN.pretrain.
+number behind the name. It conducts the run's stages (cluster.conductor), each a job of its own: RUN-pretrain. (A dot in
+the name would be one of Python's loggers to Ray, which would write the beginning of the one log into the other, too.)
 """
 
 import datetime
@@ -77,7 +78,7 @@ def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
     run = run_of(details)
     again = sum(run_of(other) == run and not stage_of(other) for other in every(dashboard)) + 1
     command = (details.metadata or {})[COMMAND]
-    return _send(dashboard, profile, None, run, f"{run}.{again}", command)
+    return _send(dashboard, profile, None, run, f"{run}-{again}", command)
 
 
 def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) -> str:

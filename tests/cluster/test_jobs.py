@@ -203,13 +203,13 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     assert again.returncode == 0, again.stdout + again.stderr
     assert "Ingest: finished before" in again.stdout and "going on from the checkpoint of step" in again.stdout
     jobs = {one["job"]: one for one in json.loads(cluster.helio("jobs", "--profile", profile, "--json").stdout)}
-    assert (jobs[job]["state"], jobs[f"{job}.2"]["state"]) == ("stopped", "succeeded")
+    assert (jobs[job]["state"], jobs[f"{job}-2"]["state"]) == ("stopped", "succeeded")
     assert [(one["job"], one["state"]) for one in jobs[job]["stages"]] == [
-        (f"{job}.ingest", "succeeded"),
-        (f"{job}.pretrain", "failed"),
-        (f"{job}.pretrain.2", "stopped"),
-        (f"{job}.pretrain.3", "stopped"),
-        (f"{job}.pretrain.4", "succeeded"),
+        (f"{job}-ingest", "succeeded"),
+        (f"{job}-pretrain", "failed"),
+        (f"{job}-pretrain-2", "stopped"),
+        (f"{job}-pretrain-3", "stopped"),
+        (f"{job}-pretrain-4", "succeeded"),
     ]
     shown = cluster.helio("top", "--profile", profile)
     assert shown.returncode == 0 and re.search(rf"^{job} +succeeded .* 2 of 6$", shown.stdout, re.MULTILINE)
