@@ -26,7 +26,6 @@ from jobs.training.average import Average
 from jobs.training.checkpoint import Begun, State
 from jobs.training.checkpointing import LOSS_SCALE, Checkpointing
 from jobs.training.config import PretrainConfig, total_steps
-from jobs.training.counting import PARTS
 from jobs.training.initial import load_initial
 from jobs.training.keeper import CheckpointStore, Keeper
 from jobs.training.optimizer import build_optimizer, scaled_rate
@@ -140,8 +139,6 @@ class _Worker:
         self.history: list[dict[str, float]] = []
         self.resumed_from: list[int] = []
         self.begun = _NOT_BEGUN
-        self.spent = np.zeros(len(PARTS))
-        """Seconds by PARTS of the steps of earlier epochs that this process has made."""
         self.checkpoints = Checkpointing(
             self._parts(),
             store,
@@ -156,6 +153,9 @@ class _Worker:
             self.begun = state.begun or _NOT_BEGUN
             self.resumed_from = [*state.resumed_from, state.step]
             self._tell({"kind": "resumed"})
+        # Those of the epoch under way hold what was spent on it before.
+        self.spent = -_spent(np.array(self.begun.figures), Account())
+        """Seconds that this process has spent on earlier epochs, as `_spent` has them."""
         self.probe = Probe(
             self.strategy,
             Networks(self.exported_backbone, self.exported_head, self.method),
@@ -389,7 +389,7 @@ def _views(assignment: Assignment) -> Views:
 
 
 def _spent(figures: np.ndarray[Any, Any], account: Account) -> np.ndarray[Any, Any]:
-    """Seconds of an epoch so far by PARTS, on this worker."""
+    """Seconds of an epoch so far on this worker, by `jobs.training.counting.PARTS`."""
     return np.append(figures[TIMES], account.waited_s)
 
 
