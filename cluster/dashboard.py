@@ -54,7 +54,7 @@ class Dashboard:
                 "or use `helio run` on this machine"
             )
         self.address = profile.dashboard.rstrip("/")
-        self._trusted = trusted(profile)
+        self._trusted = trusted(profile) if self.address.startswith("https://") else True
         self._headers = {} if profile.auth_mode == "disabled" else {"Authorization": f"Bearer {self._token()}"}
         self._check_version(self.get("/api/version")["ray_version"])
 

@@ -15,6 +15,8 @@ from tests.cluster.namespaces import BIN, Machine, machines
 PROFILE = "lab.yaml"
 CERTIFICATE = Path(".helio/dashboards/lab/certificate.pem")
 TOKEN = Path(".ray/auth_token")
+ATTEMPTS = 3
+"""To start a node: Ray gives it 30 s, which are over where all nodes share two busy cores."""
 
 
 @dataclass
@@ -63,8 +65,11 @@ class Lab:
         """Make a machine a worker node."""
         self.write_profile(machine)
         self.trust(machine)
-        done = self.helio(machine, "cluster", "join", f"--cpus={self.cpus}", "--gpus=0")
-        assert done.returncode == 0, done.stderr
+        for _ in range(ATTEMPTS):
+            done = self.helio(machine, "cluster", "join", f"--cpus={self.cpus}", "--gpus=0")
+            if done.returncode == 0:
+                return
+        raise RuntimeError(done.stderr)
 
 
 @contextmanager

@@ -161,8 +161,10 @@ def _remove(owner: int) -> None:
         for directory in (_directory(name), ETC / name):
             shutil.rmtree(directory, ignore_errors=True)
         _remove_cgroup(_cgroup(name))
-    if Path(f"/sys/class/net/hl{owner}").exists():
-        _ip("link", "delete", f"hl{owner}")
+    # With its namespace an interface would go too, at some later time.
+    for interface in (*Path("/sys/class/net").glob(f"hl{owner}v*"), Path("/sys/class/net") / f"hl{owner}"):
+        if interface.exists():
+            _ip("link", "delete", interface.name)
     shutil.rmtree(f"/tmp/hl{owner}", ignore_errors=True)
 
 
