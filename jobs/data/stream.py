@@ -1,8 +1,7 @@
 """Augmented images from shards into a training worker, by Ray Data, without ever holding the set.
 
 Each worker runs one pipeline over the rows that it has still to take: a task reads a run of them, decodes and augments
-them, and hands over uint8, a bounded number ahead of the step. Tasks run beside their worker, so that pixels do not
-cross the network; where that node has no room for them, on another one.
+them, and hands over uint8; tasks run on whatever node has room, a bounded number ahead of the step.
 Images are uint8 [batch, view, height, width, channel], labels int32 [batch]. Local views are smaller ones of a part of
 the image, in an array of their own.
 """
@@ -21,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from numpy.typing import NDArray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import DataError
 from cluster.profile import DataResources
@@ -134,9 +132,6 @@ class TrainStream:
         # Actors and not tasks: Ray would end the processes of tasks again and again, with all that they have in memory.
         readers = max(1, min(self.resources.tasks_per_worker, -(-(stop - start) // per_task)))
         runs = range(start, stop, per_task)
-        beside = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True, _spill_on_unavailable=True
-        )
         # Listed as they are wanted: those of a long training are many thousands.
         pipeline = list_lazily(lambda: ((first, min(first + per_task, stop)) for first in runs)).map_batches(
             _Reader,
@@ -151,7 +146,6 @@ class TrainStream:
             batch_size=None,
             batch_format="pyarrow",
             num_cpus=self.resources.cpus_per_task,
-            scheduling_strategy=beside,
             # Some are ready for an actor at any time, so that it need not wait for Ray Data's loop.
             compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=4),
         )
