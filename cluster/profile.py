@@ -135,6 +135,13 @@ class QueueSettings(Section):
     max_gpus: float | None = Field(default=None, ge=0)
     """The same of GPUs."""
 
+    @model_validator(mode="after")
+    def _a_quota_is_of_a_team(self) -> "QueueSettings":
+        for name in ("max_cpus", "max_gpus"):
+            if getattr(self, name) is not None and not self.team:
+                raise ValueError(f"{name} is what a team may have: name it, as team: vision")
+        return self
+
 
 class StageRetries(Section):
     """How often a stage of a submitted run is begun again after it has died, from where it was."""

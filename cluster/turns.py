@@ -4,6 +4,8 @@ Every run that is conducted (cluster.conductor) tells one small actor of the clu
 asks for. The actor keeps nothing that it would not be told again a second later, so that it may die.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from time import monotonic
@@ -46,10 +48,11 @@ class Turn(NamedTuple):
     why: str = ""
 
 
-@dataclass
 class _Room:
-    cpus: float
-    gpus: float
+    """What is left of so many CPUs and GPUs."""
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self.cpus, self.gpus = cpus, gpus
 
     def has(self, claim: Claim) -> bool:
         return claim.cpus <= self.cpus + EPSILON and claim.gpus <= self.gpus + EPSILON
@@ -60,22 +63,26 @@ class _Room:
 
 
 class _Rooms:
-    """What the cluster has left, and what each team has left of its quota."""
+    """What the cluster has left, and what the teams have left of what a claim says that its own may have."""
 
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cluster = _Room(cpus, gpus)
-        self._teams: dict[str, _Room] = {}
+        self._taken: dict[str, _Room] = defaultdict(lambda: _Room(0.0, 0.0))
 
     def team(self, claim: Claim) -> _Room:
-        bounds = (float("inf") if most is None else most for most in (claim.max_cpus, claim.max_gpus))
-        return self._teams.setdefault(claim.team, _Room(*bounds))
+        taken = self._taken[claim.team]
+        bounds = (math.inf if most is None else most for most in (claim.max_cpus, claim.max_gpus))
+        return _Room(*(most + less for most, less in zip(bounds, (taken.cpus, taken.gpus), strict=True)))
 
     def has(self, claim: Claim) -> bool:
         return self.cluster.has(claim) and self.team(claim).has(claim)
 
     def take(self, claim: Claim) -> None:
         self.cluster.take(claim)
-        self.team(claim).take(claim)
+        self.take_of_team(claim)
+
+    def take_of_team(self, claim: Claim) -> None:
+        self._taken[claim.team].take(claim)
 
 
 def turns(claims: Iterable[Claim], cpus: float, gpus: float) -> dict[str, Turn]:
@@ -108,7 +115,7 @@ def turns(claims: Iterable[Claim], cpus: float, gpus: float) -> dict[str, Turn]:
         if not _Rooms(cpus, gpus).has(claim):
             continue
         # Who waits for others of its team keeps nobody else from the cluster.
-        promised.team(claim).take(claim)
+        promised.take_of_team(claim)
         if left.team(claim).has(claim):
             promised.cluster.take(claim)
             ahead.append(claim)

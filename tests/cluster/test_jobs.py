@@ -362,6 +362,7 @@ REFUSED = {
     "too large a piece": ({"replicas": {"cpus": 3}}, [], {}, "3 CPUs"),
     "relative storage": ({"storage": "here"}, [], {}, "must be an absolute path"),
     "above the quota": ({"queue": {"max_cpus": 1, "team": "vision"}}, [], {}, "queue.max_cpus allows its team 1"),
+    "a quota of nobody": ({"queue": {"max_cpus": 1}}, [], {}, "max_cpus is what a team may have"),
     "uneven batch": ({"train": {"workers": 3, "cpus_per_worker": 0.1}}, [], {}, "a multiple of the 3 workers"),
     "wrong setting": ({}, ["pretrain.epochs=0"], {}, "pretrain.epochs"),
     "unknown key": ({}, ["pretrain.epoch=1"], {}, "epochs"),

@@ -64,6 +64,8 @@ def test_a_team_keeps_within_its_quota_and_waits_for_itself_alone() -> None:
     # In its own team nobody overtakes it who would not fit beside it.
     assert kinds(going, claim("b", 4, 1, **quota), claim("c", 1, 2, **quota))["c"] == "wait"
     assert kinds(going, claim("b", 3, 1, **quota), claim("c", 1, 2, **quota))["c"] == "go"
+    # Another's profile may say otherwise of the same team, for its own runs.
+    assert kinds(going, claim("d", 4, 1, team="vision", max_cpus=8))["d"] == "go"
     # A higher priority takes its team's quota, and leaves other teams' stages alone.
     urgent = claim("b", 2, 1, priority=1, **quota)
     assert kinds(going, urgent, claim("other", 2, is_going=True)) == {"a": "give way", "b": "wait", "other": "go"}
