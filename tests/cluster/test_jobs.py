@@ -242,7 +242,7 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     for name in ("loss", "gradient_norm"):
         assert [epoch[name] for epoch in record["result"]["history"]] == [epoch[name] for epoch in expected["history"]]
     ours, theirs = (Checkpoint.open(result["checkpoint"]) for result in (record["result"], expected))
-    for part, most in (("head", 0.0), ("optimizer", 0.0), ("backbone", 1e-7)):
+    for part, most in (("head", 0.0), ("optimizer", 0.0), ("backbone", 1e-5)):
         pairs = zip(ours.read(part), theirs.read(part), strict=True)
         assert max(float(np.abs(some - other).max()) for some, other in pairs if some.size) <= most, part
     batch = load_recipe("quickstart").section(PretrainConfig).global_batch_size
