@@ -182,8 +182,14 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     def read_steps(after: float) -> float:
         """Wait until an attempt at pre-training that was begun later has made steps; when it was begun."""
         while True:
-            told = json.loads((directory / "progress.json").read_text())
-            if told["stage"] == "pretrain" and told["began"] > after and (told["task"] or {"done": 0})["done"] >= 1000:
+            # It is there while a stage goes on.
+            text = (directory / "progress.json").read_text() if (directory / "progress.json").exists() else "{}"
+            told = json.loads(text)
+            if (
+                told.get("stage") == "pretrain"
+                and told["began"] > after
+                and (told["task"] or {"done": 0})["done"] >= 1000
+            ):
                 return float(told["began"])
             assert follower.poll() is None, "".join(seen)
             time.sleep(0.1)
