@@ -65,8 +65,7 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
         stages = stages_until(recipe, until)
         preflight(recipe, profile, stages)
         run = create_run(recipe, profile, progress, name)
-    with output.noise_to(run.directory / "run.log"):
-        progress.redirect(output.messages)
+    with run.undisturbed(output):
         progress.keep(run.directory / PROGRESS_LOG)
         progress.say(f"run {run.name} in {run.directory}")
         run.tell_finished(stages)

@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(output: Output) -> int:
         profile, stage = load_profile(PROFILE), stages[arguments.stage]
-        directory = str(profile.storage_path / "runs" / arguments.run)
-        run = open_run(directory, profile, [], RunProgress(output.messages))
+        run = open_run(arguments.run, profile, [], RunProgress(output.messages))
         preflight(run.recipe, run.profile, [stage])
         catalog.load("jobs.pipeline:run_conducted")(run, stage, output, arguments.last, arguments.keep_serving)
         return 0

@@ -84,10 +84,8 @@ def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
 def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) -> str:
     """Let the cluster run `python -m MODULE PROFILE`; returns the job's name."""
     _check(profile)
-    with tempfile.TemporaryDirectory() as directory:
-        package = Path(directory) / "helio.zip"
-        write_package(package, None, profile)
-        return send(dashboard, job, f"{module} {PROFILE}", str(package), STOP_S, {RUN: job, **_storage(profile)})
+    _pack_and_send(dashboard, profile, None, job, f"{module} {PROFILE}", STOP_S, {RUN: job})
+    return job
 
 
 def _check(profile: Profile) -> None:
@@ -109,18 +107,28 @@ def _check_quota(profile: Profile, kinds: Sequence[str]) -> None:
 
 
 def _send(dashboard: Dashboard, profile: Profile, recipe: Recipe | None, run: str, job: str, command: str) -> Submitted:
-    metadata = {RUN: run, COMMAND: command, PRIORITY: str(profile.queue.priority), **_storage(profile)}
-    words = [run, command, *(["--resume"] if recipe is None else [])]
-    with tempfile.TemporaryDirectory() as directory:
-        package = Path(directory) / "helio.zip"
-        size = write_package(package, recipe, profile)
-        # Its stages are stopped first.
-        send(dashboard, job, f"cluster.conductor {shlex.join(words)}", str(package), STOP_S + LEAVE_S, metadata)
+    metadata = {RUN: run, COMMAND: command, PRIORITY: str(profile.queue.priority)}
+    words = f"cluster.conductor {shlex.join([run, command, *(['--resume'] if recipe is None else [])])}"
+    # Its stages are stopped first.
+    size = _pack_and_send(dashboard, profile, recipe, job, words, STOP_S + LEAVE_S, metadata)
     return Submitted(job, run, size)
 
 
-def _storage(profile: Profile) -> dict[str, str]:
-    return {STORAGE: str(profile.storage_path)}
+def _pack_and_send(
+    dashboard: Dashboard,
+    profile: Profile,
+    recipe: Recipe | None,
+    job: str,
+    words: str,
+    stop_s: float,
+    metadata: dict[str, str],
+) -> int:
+    """The bytes that were sent."""
+    with tempfile.TemporaryDirectory() as directory:
+        package = Path(directory) / "helio.zip"
+        size = write_package(package, recipe, profile)
+        send(dashboard, job, words, str(package), stop_s, {**metadata, STORAGE: str(profile.storage_path)})
+    return size
 
 
 def send(

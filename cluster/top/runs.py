@@ -13,6 +13,7 @@ from cluster import catalog
 from cluster.dashboard import Dashboard
 from cluster.progress import DOCUMENT
 from cluster.run import going_on
+from cluster.submission import PRIORITY, RUN, STAGE
 
 JOBS = "/api/jobs/"
 ENDED_S = 1800.0
@@ -68,9 +69,7 @@ class RunView:
 
 def read_jobs(dashboard: Dashboard) -> list[Job]:
     """The jobs of helio that a cluster knows, the oldest first. Raises HelioError."""
-    found = [
-        _job(one) for one in dashboard.get(JOBS) if one["submission_id"] and "helio_run" in (one["metadata"] or {})
-    ]
+    found = [_job(one) for one in dashboard.get(JOBS) if one["submission_id"] and RUN in (one["metadata"] or {})]
     return sorted(found, key=lambda job: job.began or math.inf)
 
 
@@ -89,10 +88,10 @@ def _job(one: Mapping[str, Any]) -> Job:
     metadata = one["metadata"]
     return Job(
         name=one["submission_id"],
-        run=metadata["helio_run"],
+        run=metadata[RUN],
         state=one["status"].lower(),
-        stage=metadata.get("helio_stage"),
-        priority=metadata.get("helio_priority"),
+        stage=metadata.get(STAGE),
+        priority=metadata.get(PRIORITY),
         began=_seconds(one["start_time"]),
         ended=_seconds(one["end_time"]),
         message=_telling(one["status"], (one["message"] or "").strip().splitlines()),
