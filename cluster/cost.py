@@ -28,7 +28,8 @@ SAMPLE_S = 0.5
 WRITE_S = 5.0
 """What is lost of an attempt whose driver is killed, at the most."""
 PATIENCE = 50
-"""Asking takes one part in so many of the time."""
+"""Asking takes one part in so many of the time, but is not rarer than `REST_S`: a short stage would hold nothing."""
+REST_S = 5.0
 JOIN_S = 10.0
 
 Attempt = dict[str, Any]
@@ -86,7 +87,7 @@ class Meter:
         while not self._stop.wait(rest):
             asked = time.monotonic()
             self._sample()
-            rest = max(SAMPLE_S, PATIENCE * (time.monotonic() - asked))
+            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S)
             if time.monotonic() - self._kept >= WRITE_S:
                 self._kept = time.monotonic()
                 try:

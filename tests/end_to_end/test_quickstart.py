@@ -42,7 +42,9 @@ def test_each_stage_tells_what_it_cost(walk: Walk) -> None:
     costs = walk.results["costs"]
     assert list(costs) == list(walk.results["seconds"])
     cpus = len(os.sched_getaffinity(0))
-    assert all(0 < cost["cpu_hours"] <= cpus * cost["seconds"] / 3600 for cost in costs.values())
+    # Both figures are rounded.
+    most = {stage: cpus * (cost["seconds"] + 0.02) / 3600 for stage, cost in costs.items()}
+    assert all(0 < cost["cpu_hours"] <= most[stage] for stage, cost in costs.items()), costs
     assert all((cost["attempts"], cost["gpu_hours"], cost["shared"]) == (1, 0.0, False) for cost in costs.values())
 
 

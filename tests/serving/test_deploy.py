@@ -52,8 +52,8 @@ def test_who_looks_at_the_storage_finds_the_endpoint_and_what_it_has_answered(de
     write_json(places / "endpoint-9.json", {**record, "url": "http://127.0.0.1:9"})
     write_json(places / "endpoint-10.json", {**record, "host": "another"})
     deadline = time.monotonic() + 20
-    # Replicas that come and go are told a moment later.
-    while (before := find_endpoints(deployed.run.profile, None)[0])["replicas"] != {"running": 1}:
+    # Replicas that come and go are told a moment later; how many run is a matter of what has been asked before.
+    while (before := find_endpoints(deployed.run.profile, None)[0])["replicas"].keys() != {"running"}:
         assert time.monotonic() < deadline, before
     assert (before["url"], before["model"], before["version"], before["fault"]) == (url, "tiny", "7", None)
     assert before["rollout"] is None
