@@ -4,21 +4,49 @@ It is an embedded sqlite file in the workspace, or the server that MLFLOW_TRACKI
 """
 
 import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.errors import HelioError
 from jobs.bundle import Bundle
 
+FILE = "mlflow.db"
 SCHEME = "helio://"
 """Of a bundle's path in the registry: an MLflow server refuses plain paths that are not under its own artifacts."""
 
 
 def tracking_uri(storage: Path) -> str:
     """Where MLflow keeps runs and models."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / FILE}"
+
+
+def mlflow_client(storage: Path) -> Any:
+    """MLflow's client of what `tracking_uri` says."""
+    import mlflow
+
+    uri = tracking_uri(storage)
+    if uri == f"sqlite:///{storage / FILE}" and not (storage / FILE).exists():
+        _make_database(storage)
+    return mlflow.MlflowClient(uri, uri)
+
+
+def _make_database(storage: Path) -> None:
+    """Whole or not at all: MLflow cannot go on with a file in whose making it was killed."""
+    import mlflow
+
+    with TemporaryDirectory(dir=storage, prefix=".mlflow-") as directory:
+        begun, whole = Path(directory) / "begun.db", Path(directory) / "whole.db"
+        mlflow.MlflowClient(f"sqlite:///{begun}")
+        with closing(sqlite3.connect(begun)) as connection:
+            connection.execute("VACUUM INTO ?", (str(whole),))
+        # Another process may have made one meanwhile.
+        with suppress(FileExistsError):
+            os.link(whole, storage / FILE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class Registered:
 
 def is_there(storage: Path) -> bool:
     """Whether there is a registry to ask; asking makes one."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (storage / "mlflow.db").exists()
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (storage / FILE).exists()
 
 
 class Registry:
@@ -56,7 +84,7 @@ class Registry:
         import mlflow
 
         self._uri = tracking_uri(storage)
-        self._client: Any = mlflow.MlflowClient(self._uri, self._uri)
+        self._client = mlflow_client(storage)
         self._missing: Any = mlflow.exceptions.MlflowException
 
     def register(self, model: str, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:

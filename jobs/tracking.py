@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.run import Run, write_json
-from jobs.registry import tracking_uri
+from jobs.registry import mlflow_client, tracking_uri
 
 PARENT, STAGE, TRIAL = "mlflow.parentRunId", "helio.stage", "helio.trial"
 TOGETHER_S = 2.0
@@ -122,9 +122,7 @@ class Tracker:
 
     def _write(self) -> None:
         try:
-            import mlflow
-
-            client = mlflow.MlflowClient(tracking_uri(self._run.storage))
+            client = mlflow_client(self._run.storage)
             run_id = self._run_id(client)
             left = False
             while not left:

@@ -87,3 +87,13 @@ class TestRegistryContract:
         assert registry.find("nobody", "champion") is None
         with pytest.raises(HelioError, match=r"model nobody has no champion in the registry .*: run `helio run`"):
             registry.require("nobody", "champion")
+
+
+def test_one_that_is_killed_while_it_makes_the_registry_spoils_nothing(tmp_path: Path) -> None:
+    make = f"from pathlib import Path; from jobs.registry import Registry; Registry(Path({str(tmp_path)!r}))"
+    with subprocess.Popen([sys.executable, "-c", make]) as making:
+        while not any(path.stat().st_size for path in tmp_path.rglob("*.db")):
+            assert making.poll() is None
+        making.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert Registry(tmp_path).find("nobody", "champion") is None
