@@ -22,6 +22,21 @@ SERVE_PORTS = (
 )
 """Ports that Ray Serve opens beside the endpoint's, by default the same for every Serve on a machine."""
 
+HAPROXY_DEFAULTS = (
+    "leastconn",
+    "timeout http-request 10s",
+    # A log of each request would go to a port of syslog where nobody listens.
+    "no log",
+    # A machine that loses its power closes no connection: TCP itself finds out, within eleven seconds, and what had
+    # been asked there is asked of another replica. One that is there may take as long as it likes.
+    "option srvtcpka",
+    "srvtcpka-idle 5s",
+    "srvtcpka-intvl 2s",
+    "srvtcpka-cnt 3",
+    "default-server tcp-ut 10s",
+)
+"""What HAProxy is to do for every backend, `balance` first."""
+
 METRICS = "RAY_enable_metrics_collection"
 
 HEAD = "node:__internal_head__"
@@ -60,9 +75,8 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "OPENCV_IO_MAX_IMAGE_PIXELS": "100000000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # Ray has no name for HAProxy's `timeout http-request`, without which the head of a request may arrive for ever,
-        # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is. HAProxy's log
-        # of each request goes to a port of syslog where nobody listens.
-        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "leastconn\n    timeout http-request 10s\n    no log",
+        # a byte at a time; this one's value goes into the same part of HAProxy's configuration as it is.
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": "\n    ".join(HAPROXY_DEFAULTS),
         # Ray's hour is for WebSockets. It runs only while the client is to send or to read.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # The application runs in the replica's own event loop: a third of a request's way is no thread away any more.
