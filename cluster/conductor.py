@@ -11,36 +11,30 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Sequence
 
 import ray
 from ray.job_submission import JobDetails, JobStatus
 
 from cluster import catalog, submission
 from cluster.dashboard import OwnDashboard
-from cluster.errors import HelioError
+from cluster.following import follow
 from cluster.output import INTERRUPTED, Output, ended
 from cluster.package import PROFILE, RECIPE
 from cluster.parser import UNTIL
 from cluster.plan import kinds_of, need_of, preflight, stages_left, stages_until
 from cluster.profile import load_profile
-from cluster.progress import RunProgress
+from cluster.progress import DOCUMENT, RunProgress
 from cluster.recipe import load_recipe
 from cluster.run import PROGRESS_LOG, Run, create_run, open_run
 from cluster.session import ray_session
 from cluster.turns import Claim, Turns
 
 POLL_S = 1.0
-PATIENCE_S = 120.0
-"""How long the cluster's dashboard may be away."""
 SAY_EVERY_S = 10.0
 """Why a stage waits changes with every stage of others: so often it is told at most."""
-ENTRYPOINT = "Running entrypoint for job"
 MENDABLE = 2
 """Exit code of what the user must mend: to do it again would end alike."""
-T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +59,8 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
         stages = stages_until(recipe, until)
         preflight(recipe, profile, stages)
         run = create_run(recipe, profile, progress, name)
-    with run.undisturbed(output):
+    submission.check_quota(profile, kinds_of(stages))
+    with run.conducted(), run.undisturbed(output):
         progress.keep(run.directory / PROGRESS_LOG)
         progress.say(f"run {run.name} in {run.directory}")
         run.tell_finished(stages)
@@ -103,7 +98,7 @@ class Conductor:
         retries, died = getattr(self._run.profile.retries, stage.name), 0
         while True:
             self._wait_for_turn(stage)
-            job = self._patiently(lambda: self._going_on(stage) or self._begin(stage))
+            job = submission.patiently(lambda: self._going_on(stage) or self._begin(stage))
             details, gave_way = self._watch(stage, job)
             code = submission.exit_code(details)
             if gave_way and code:
@@ -169,76 +164,33 @@ class Conductor:
 
     def _watch(self, stage: catalog.Stage, job: str) -> tuple[JobDetails, bool]:
         """A stage's job once it has ended, and whether it was stopped to make room for others."""
-        relay = threading.Thread(target=self._relay, args=(job,), name="relay", daemon=True)
-        relay.start()
+        relay = threading.Thread(
+            target=follow, args=(self._dashboard, job, self._output, True), name="relay", daemon=True
+        )
         gave_way = False
         try:
+            relay.start()
             while not (details := self._details(job)).status.is_terminal():
                 turn = self._turns.ask(self._claim(stage, is_going=True))
                 if turn.kind == "give way" and not gave_way:
                     gave_way = True
                     self._say(f"{stage.title}: gives way {turn.why}")
-                    self._patiently(lambda: submission.ask_to_stop(self._dashboard, job))
+                    submission.patiently(lambda: submission.ask_to_stop(self._dashboard, job))
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             submission.stop(self._dashboard, job)
             relay.join()
             raise
         relay.join()
+        # What it told last, where it was killed.
+        (self._run.directory / DOCUMENT).unlink(missing_ok=True)
         return details, gave_way
 
-    def _relay(self, job: str) -> None:
-        """Print what a job prints until its end; where the connection breaks, go on behind what is printed."""
-        printer = _Printer(self._output)
-        while True:
-            is_over = self._details(job).status.is_terminal()
-            with suppress(HelioError):
-                submission.follow(self._dashboard, job, printer.show)
-                if is_over or self._details(job).status.is_terminal():
-                    return
-            printer.begin_again()
-            time.sleep(POLL_S)
-
     def _details(self, job: str) -> JobDetails:
-        return self._patiently(lambda: submission.details(self._dashboard, job))
-
-    def _patiently(self, ask: Callable[[], T]) -> T:
-        """The answer of a dashboard that may be starting anew. Raises HelioError when that takes too long."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            try:
-                return ask()
-            except HelioError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(POLL_S)
+        return submission.patiently(lambda: submission.details(self._dashboard, job))
 
     def _say(self, text: str) -> None:
         self._run.progress.say(text)
-
-
-class _Printer:
-    """Prints what a job's log has behind what Ray says of its start, once, also where it is read again."""
-
-    def __init__(self, output: Output) -> None:
-        self._output, self._printed = output, 0
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """What comes next is the beginning of the log."""
-        self._start: str | None = ""
-        self._read = 0
-
-    def show(self, text: str) -> None:
-        if self._start is not None:
-            self._start += text
-            _, end, text = self._start.partition(ENTRYPOINT)[2].partition("\n")
-            if not end:
-                return
-            self._start = None
-        print(text[max(0, self._printed - self._read) :], end="", file=self._output.results, flush=True)
-        self._read += len(text)
-        self._printed = max(self._printed, self._read)
 
 
 def _reason(details: JobDetails) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cluster import submission
 from cluster.dashboard import Dashboard
 from cluster.errors import HelioError
+from cluster.following import follow
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG
@@ -45,14 +46,13 @@ def _sent(dashboard: Dashboard, submitted: submission.Submitted, follows: bool, 
 
 def _follow(dashboard: Dashboard, job: str, output: "Output") -> int:
     try:
-        submission.follow(dashboard, job, lambda text: print(text, end="", file=output.results, flush=True))
+        return submission.exit_code(follow(dashboard, job, output))
     except KeyboardInterrupt:
         print(
             f"helio: job {job} goes on: `helio logs {job} -f` follows it, `helio stop {job}` ends it",
             file=output.messages,
         )
         raise
-    return submission.wait(dashboard, job)
 
 
 def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
@@ -73,7 +73,8 @@ def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
 def status_command(profile: Profile, job: str, as_json: bool, output: "Output") -> int:
     """One job, and those of its stages."""
     dashboard = Dashboard(profile)
-    found = _document(submission.find(dashboard, job), submission.every(dashboard))
+    known = submission.every(dashboard)
+    found = _document(submission.pick(dashboard, known, job), known)
     if as_json:
         print(json.dumps(found, indent=2), file=output.results)
         return 0
@@ -95,7 +96,7 @@ def logs_command(profile: Profile, job: str, follows: bool, output: "Output") ->
     """
     try:
         dashboard = Dashboard(profile)
-        submission.find(dashboard, job)
+        submission.pick(dashboard, submission.every(dashboard), job)
     except HelioError as error:
         kept = profile.storage_path / "runs" / job / PROGRESS_LOG
         if follows or not kept.exists():
@@ -111,15 +112,20 @@ def logs_command(profile: Profile, job: str, follows: bool, output: "Output") ->
 
 def wait_command(profile: Profile, job: str, within_s: float | None, output: "Output") -> int:
     """Return the exit code of a job once it has ended."""
-    return submission.wait(Dashboard(profile), job, float("inf") if within_s is None else within_s)
+    dashboard = Dashboard(profile)
+    submission.pick(dashboard, submission.every(dashboard), job)
+    return submission.exit_code(submission.wait(dashboard, job, float("inf") if within_s is None else within_s))
 
 
 def stop_command(profile: Profile, job: str, output: "Output") -> int:
     """Let a job end in order."""
     dashboard = Dashboard(profile)
-    submission.stop(dashboard, job)
-    state = submission.find(dashboard, job).status.value.lower()
-    print(f"helio: job {job} {state}: `helio resubmit {job}` goes on with its run", file=output.messages)
+    ended = submission.stop(dashboard, job)
+    for one in ended:
+        again = "" if submission.stage_of(one) else f": `helio resubmit {one.submission_id}` goes on with its run"
+        print(f"helio: job {one.submission_id} {one.status.value.lower()}{again}", file=output.messages)
+    if not ended:
+        print(f"helio: nothing of job {job} goes on", file=output.messages)
     return 0
 
 

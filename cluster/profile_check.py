@@ -104,7 +104,7 @@ def storage_fault(storage: Path) -> str | None:
 
 def _ask_nodes(dashboard: Dashboard, profile: Profile) -> dict[str, Any]:
     job = submission.send_probe(dashboard, profile, f"profile-check-{uuid.uuid4().hex[:8]}", __name__)
-    code = submission.wait(dashboard, job, WITHIN_S)
+    code = submission.exit_code(submission.wait(dashboard, job, WITHIN_S))
     text = submission.printed(dashboard, job)
     line = re.search(f"^{MARK}(.*)$", text, re.MULTILINE)
     if code or line is None:

@@ -43,6 +43,7 @@ from cluster.session import ray_session
 PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
 ATTEMPTS = "attempts"
+LOCKS = LOCK, CONDUCTED = "lock", "lock-conducted"
 LOCK_WAIT_S = 1.0
 """Who only looks whether a run is going on has its lock for less."""
 
@@ -114,6 +115,10 @@ class Run:
     def alone(self) -> AbstractContextManager[None]:
         """Keep other commands off this run for the length of the block. Raises HelioError when one is at it."""
         return alone(self.directory)
+
+    def conducted(self) -> AbstractContextManager[None]:
+        """Keep off what would carry out its stages, too, also between them. Raises HelioError as `alone`."""
+        return alone(self.directory, CONDUCTED)
 
     @contextmanager
     def undisturbed(self, output: Output) -> Iterator[None]:
@@ -241,9 +246,12 @@ def read_attempts(directory: Path) -> dict[str, list[Attempt]]:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Keep commands off the run in this directory for the length of the block. Raises HelioError when one is at it."""
-    with (directory / "lock").open("w") as lock:
+def alone(directory: Path, name: str = LOCK) -> Iterator[None]:
+    """Keep commands off the run in this directory for the length of the block. Raises HelioError when one is at it.
+
+    What carries out one stage after another holds `CONDUCTED`, too, also while no stage goes on.
+    """
+    with (directory / name).open("w") as lock:
         deadline = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
@@ -253,7 +261,7 @@ def alone(directory: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise HelioError(f"run {directory.name} is going on in another process: wait for its end") from None
                 time.sleep(0.05)
-        if not (directory / "lock").exists():
+        if not (directory / name).exists():
             gone = f"run {directory.name} has been deleted meanwhile"
             raise HelioError(f"{gone}: `helio runs list` lists those there are")
         yield
@@ -261,13 +269,14 @@ def alone(directory: Path) -> Iterator[None]:
 
 def going_on(directory: Path) -> bool:
     """Whether a command is at the run in this directory now."""
-    try:
-        with (directory / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
+    for name in LOCKS:
+        try:
+            with (directory / name).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            return True
     return False
 
 

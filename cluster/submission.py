@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.dashboard import Dashboard, OwnDashboard, check_room
 from cluster.errors import CapacityError, HelioError
@@ -33,12 +33,17 @@ STOP_S = 120
 LEAVE_S = 30
 """What is left of it for what conducts stages, once they have ended."""
 POLL_S = 0.5
+QUIET_S = 60.0
+"""So long nothing need come of a job that is followed before it is looked at."""
+PATIENCE_S = 120.0
+"""How long the cluster's dashboard may be away from who waits for a job."""
 RUN, STAGE, COMMAND, STORAGE, PRIORITY = (
     f"helio_{name}" for name in ("run", "stage", "command", "storage", "priority")
 )
 """What the metadata of a job has."""
 
 Reached = Dashboard | OwnDashboard
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,26 +64,29 @@ def submit(dashboard: Dashboard, profile: Profile, recipe: Recipe, command: str,
     stages = stages_until(recipe, until)
     check(recipe, profile, stages)
     check_room(profile, kinds_of(stages), dashboard.nodes())
-    _check_quota(profile, kinds_of(stages))
+    check_quota(profile, kinds_of(stages))
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     run = f"{recipe.name}-{stamp}-{secrets.token_hex(2)}"
     return _send(dashboard, profile, recipe, run, run, command)
 
 
 def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
-    """Go on with the run of a job that has ended, from its last finished stage."""
+    """Go on with the run of a job, which has ended, from its last finished stage."""
     _check(profile)
-    details = find(dashboard, job)
-    if stage_of(details):
-        raise HelioError(
-            f"job {job} is a stage of run {run_of(details)}: `helio resubmit {run_of(details)}` goes on with it"
-        )
-    if not details.status.is_terminal():
-        raise HelioError(f"job {job} is {details.status.value.lower()}: `helio stop {job}` first, or wait for its end")
-    run = run_of(details)
-    again = sum(run_of(other) == run and not stage_of(other) for other in every(dashboard)) + 1
-    command = (details.metadata or {})[COMMAND]
-    return _send(dashboard, profile, None, run, f"{run}-{again}", command)
+    known = every(dashboard)
+    found = pick(dashboard, known, job)
+    run = run_of(found)
+    if stage_of(found):
+        raise HelioError(f"job {job} is a stage of run {run}: `helio resubmit {run}` goes on with it")
+    conducting = [one for one in known if run_of(one) == run and not stage_of(one)]
+    for one in conducting:
+        if not one.status.is_terminal():
+            raise HelioError(
+                f"run {run} goes on as job {one.submission_id}, which is {one.status.value.lower()}: "
+                f"`helio stop {run}` first, or wait for its end"
+            )
+    command = (found.metadata or {})[COMMAND]
+    return _send(dashboard, profile, None, run, f"{run}-{len(conducting) + 1}", command)
 
 
 def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) -> str:
@@ -95,7 +103,8 @@ def _check(profile: Profile) -> None:
         )
 
 
-def _check_quota(profile: Profile, kinds: Sequence[str]) -> None:
+def check_quota(profile: Profile, kinds: Sequence[str]) -> None:
+    """Raise CapacityError when a stage of `kinds` asks for more than its team may ever have."""
     queue, needs = profile.queue, profile.needs()
     for kind in kinds:
         for need, most, name in zip(needs[kind], (queue.max_cpus, queue.max_gpus), ("cpus", "gpus"), strict=True):
@@ -152,9 +161,9 @@ def send(
 
 
 def every(dashboard: Reached) -> list["JobDetails"]:
-    """The jobs of helio that the cluster knows, the newest first."""
+    """The jobs of runs that the cluster knows, the newest first."""
     found: list[JobDetails] = _asked(dashboard, dashboard.jobs.list_jobs)
-    ours = [job for job in found if job.submission_id and RUN in (job.metadata or {})]
+    ours = [job for job in found if job.submission_id and {COMMAND, STAGE} & (job.metadata or {}).keys()]
     return sorted(ours, key=lambda job: job.start_time or 0, reverse=True)
 
 
@@ -163,9 +172,8 @@ def stages_of(dashboard: Reached, run: str) -> list["JobDetails"]:
     return [job for job in every(dashboard) if run_of(job) == run and stage_of(job)]
 
 
-def find(dashboard: Reached, job: str) -> "JobDetails":
-    """A job of helio by its name. Raises HelioError where there is none."""
-    known = every(dashboard)
+def pick(dashboard: Reached, known: Sequence["JobDetails"], job: str) -> "JobDetails":
+    """The job of this name among those of `every`. Raises HelioError where there is none."""
     for one in known:
         if one.submission_id == job:
             return one
@@ -194,28 +202,48 @@ def ask_to_stop(dashboard: Reached, job: str) -> None:
     _asked(dashboard, lambda: dashboard.jobs.stop_job(job))
 
 
-def stop(dashboard: Reached, job: str) -> None:
-    """Let a job end in order, and its stages where nobody conducts them any more, and wait for that.
+def stop(dashboard: Reached, job: str) -> list["JobDetails"]:
+    """Let a stage end in order, or whatever is at the run of a job, and wait for that.
 
-    Nothing is done to what has ended.
+    Returns what was ended; nothing is done to what had ended before.
     """
-    found = find(dashboard, job)
-    for one in [found, *([] if stage_of(found) else stages_of(dashboard, run_of(found)))]:
-        name = str(one.submission_id)
-        if not details(dashboard, name).status.is_terminal():
-            ask_to_stop(dashboard, name)
-            wait(dashboard, name)
+    known = every(dashboard)
+    found = pick(dashboard, known, job)
+    if stage_of(found):
+        return _end(dashboard, [found])
+    run = run_of(found)
+    conductors = _end(dashboard, [one for one in known if run_of(one) == run and not stage_of(one)])
+    # Only now: they may have begun one while they were asked to stop.
+    return [*conductors, *_end(dashboard, stages_of(dashboard, run))]
 
 
-def wait(dashboard: Reached, job: str, within_s: float = float("inf")) -> int:
-    """The exit code of a job once it has ended. Raises HelioError when that takes longer than `within_s`."""
-    deadline, found = time.monotonic() + within_s, find(dashboard, job)
-    while not found.status.is_terminal():
+def _end(dashboard: Reached, jobs: Sequence["JobDetails"]) -> list["JobDetails"]:
+    going = [str(one.submission_id) for one in jobs if not one.status.is_terminal()]
+    for name in going:
+        ask_to_stop(dashboard, name)
+    return [wait(dashboard, name) for name in going]
+
+
+def wait(dashboard: Reached, job: str, within_s: float = float("inf")) -> "JobDetails":
+    """A job that is known to be there, once it has ended. Raises HelioError when that takes longer than `within_s`."""
+    deadline = time.monotonic() + within_s
+    while not (found := patiently(lambda: details(dashboard, job))).status.is_terminal():
         if time.monotonic() > deadline:
             raise HelioError(f"job {job} has not ended within {within_s:g} s: it goes on")
         time.sleep(POLL_S)
-        found = details(dashboard, job)
-    return exit_code(found)
+    return found
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """The answer of a dashboard that may be starting anew. Raises HelioError when that takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except HelioError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def exit_code(job: "JobDetails") -> int:
@@ -225,15 +253,26 @@ def exit_code(job: "JobDetails") -> int:
     return 0 if job.status.value == "SUCCEEDED" else job.driver_exit_code or 1
 
 
-def follow(dashboard: Reached, job: str, show: Callable[[str], object]) -> None:
-    """Hand over what a job has printed, and what it prints until its end."""
+def tail(dashboard: Reached, job: str, show: Callable[[str], object]) -> None:
+    """Hand over what a job has printed, and what it prints, until it ends or the connection breaks.
+
+    A job that says nothing is asked for now and then: a machine that is gone closes no connection.
+    """
     import asyncio
 
-    async def tail() -> None:
-        async for text in dashboard.jobs.tail_job_logs(job):
+    async def hear() -> None:
+        texts = dashboard.jobs.tail_job_logs(job)
+        while True:
+            coming = asyncio.ensure_future(anext(texts, None))
+            while not (await asyncio.wait({coming}, timeout=QUIET_S))[0]:
+                if (await asyncio.to_thread(details, dashboard, job)).status.is_terminal():
+                    coming.cancel()
+                    return
+            if (text := coming.result()) is None:
+                return
             show(text)
 
-    _asked(dashboard, lambda: asyncio.run(tail()))
+    _asked(dashboard, lambda: asyncio.run(hear()))
 
 
 def printed(dashboard: Reached, job: str) -> str:

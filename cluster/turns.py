@@ -7,17 +7,21 @@ asks for. The actor keeps nothing that it would not be told again a second later
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, NamedTuple
 
 import ray
+from ray.exceptions import RayActorError
 
 from cluster.session import HEAD
 
 NAME, NAMESPACE = "helio_turns", "helio"
 FORGET_S = 30.0
 """Who has not been heard of for so long has gone."""
+RESTART_S = 30.0
+"""How long a desk may take to make room for the next one."""
 EPSILON = 1e-6
 
 
@@ -101,7 +105,8 @@ def turns(claims: Iterable[Claim], cpus: float, gpus: float) -> dict[str, Turn]:
     ahead: list[Claim] = []
     for claim in ordered:
         if claim.is_going:
-            if claim.gives_way and not left.has(claim):
+            # A node that is lost is no reason to stop: Ray waits for it, or goes on with less.
+            if ahead and claim.gives_way and not left.has(claim):
                 found[claim.run] = Turn("give way", f"to {_names(ahead)}")
                 continue
             found[claim.run] = Turn("go")
@@ -163,8 +168,10 @@ class Desk:
         return turn
 
     def leave(self, run: str) -> None:
-        """Forget a run."""
+        """Forget a run. Without any it ends: the next run brings its own code."""
         self._claims.pop(run, None)
+        if not self._claims:
+            ray.actor.exit_actor()
 
 
 class Turns:
@@ -175,12 +182,21 @@ class Turns:
 
     def ask(self, claim: Claim) -> Turn:
         """What the run is told; a claim that is not repeated within FORGET_S is forgotten."""
-        found: Turn = ray.get(_desk().ask.remote(asdict(claim), self._capacity))
-        return found
+        deadline = monotonic() + RESTART_S
+        while True:
+            try:
+                found: Turn = ray.get(_desk().ask.remote(asdict(claim), self._capacity))
+                return found
+            except RayActorError:
+                # It has ended with the last of the others.
+                if monotonic() > deadline:
+                    raise
+            sleep(0.1)
 
     def leave(self, run: str) -> None:
         """Let others have what the run had."""
-        ray.get(_desk().leave.remote(run))
+        with suppress(RayActorError):
+            ray.get(_desk().leave.remote(run))
 
 
 def _desk() -> Any:

@@ -28,7 +28,7 @@ def run_stages(
 
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.
     """
-    with _at_work(run, output, f"helio run --resume {run.name}"), run:
+    with run.conducted(), _at_work(run, output, f"helio run --resume {run.name}"), run:
         run.progress.say(f"run {run.name} in {run.directory}")
         run.tell_finished(stages)
         _carry_out(run, stages)
@@ -71,7 +71,8 @@ def reach(run: Run | Recipe, profile: Profile | None, until: str) -> Run:
         with output.noise_to(log_file(run.profile, "preflight")):
             preflight(run.recipe, run.profile, stages)
     if stages:
-        with _at_work(run, output, f"helio run --resume {run.name}"), run if is_new else nullcontext():
+        again = f"helio run --resume {run.name}"
+        with run.conducted(), _at_work(run, output, again), run if is_new else nullcontext():
             if stages == stages_until(run.recipe, until):
                 run.progress.say(f"run {run.name} in {run.directory}")
             _carry_out(run, stages)

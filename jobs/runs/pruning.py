@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import HelioError
-from cluster.run import alone
+from cluster.run import CONDUCTED, LOCKS, alone
 from jobs.runs.lineage import Need, Workspace, named_after, owner_of, read_bundles, strings_of, texts_of_damaged
 from jobs.runs.records import RunRecord
 
@@ -147,7 +147,7 @@ def prune(storage: Path, selection: Selection, registered: bool = False) -> Plan
         while waiting := [removal for removal in plan.removals if removal not in moved]:
             for removal in waiting:
                 try:
-                    with alone(removal.run.directory):
+                    with alone(removal.run.directory, CONDUCTED), alone(removal.run.directory):
                         _move_aside(removal.run.directory)
                 except HelioError:
                     # Somebody has just gone on with it: it stays, and what it needs.
@@ -168,7 +168,7 @@ def last_change(directory: Path) -> datetime:
         if part.is_dir()
         for entry in os.scandir(part)
         # Who looks after a run opens it, too.
-        if entry.name != "lock"
+        if entry.name not in LOCKS
     ]
     return datetime.fromtimestamp(max(times), UTC)
 

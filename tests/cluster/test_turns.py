@@ -36,6 +36,11 @@ def test_a_higher_priority_stops_no_more_than_it_must() -> None:
     assert kinds(claim("a", 2, 1, is_going=True), urgent) == {"a": "go", "c": "go"}
 
 
+def test_nothing_is_stopped_because_a_node_is_lost() -> None:
+    assert kinds(claim("a", 9, is_going=True)) == {"a": "go"}
+    assert kinds(claim("a", 6, 1, is_going=True), claim("b", 4, 2, is_going=True)) == {"a": "go", "b": "go"}
+
+
 def test_an_endpoint_is_not_stopped() -> None:
     endpoint = claim("a", 6, is_going=True, gives_way=False)
     assert kinds(endpoint, claim("b", 4, priority=9)) == {"a": "go", "b": "wait"}

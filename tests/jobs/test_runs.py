@@ -24,7 +24,7 @@ from cluster.output import Output
 from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
-from cluster.run import Run, create_run, write_json
+from cluster.run import LOCKS, Run, create_run, write_json
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from jobs.runs import pruning
@@ -203,10 +203,24 @@ def test_runs_are_listed_the_newest_first_with_state_result_and_cost(runs: Runs,
 def test_a_run_that_a_command_is_at_is_going_on_until_that_command_ends(runs: Runs, call: Call) -> None:
     run = runs.make("photos", until="pretrain")
     runs.attempt(run, "tune", BEGIN + datetime.timedelta(days=1), None)
-    with run.alone():
-        (found,) = call(list_command, limit=None)["runs"]
-        assert (found["state"], found["at"]) == ("going on", "tune")
+    # Also between the stages of what carries out one after another.
+    for block in (run.alone(), run.conducted()):
+        with block:
+            (found,) = call(list_command, limit=None)["runs"]
+            assert (found["state"], found["at"]) == ("going on", "tune")
     assert call(list_command, limit=None)["runs"][0]["state"] == "stopped"
+
+
+def test_a_run_is_conducted_by_one_alone_and_not_deleted_meanwhile(runs: Runs, call: Call) -> None:
+    run = runs.make("photos")
+    with run.conducted():
+        with run.alone():
+            pass
+        with pytest.raises(HelioError, match="is going on in another process"), run.conducted():
+            pass
+        with pytest.raises(HelioError, match="it is going on"):
+            call(prune_command, run.name, confirmed=True)
+    assert call(prune_command, run.name, confirmed=True)["runs"][0]["run"] == run.name
 
 
 def test_looking_keeps_no_command_off_a_run(runs: Runs) -> None:
@@ -526,7 +540,7 @@ def test_a_prune_that_is_killed_is_finished_by_the_next(
         call(prune_command, one, confirmed=True)
     assert {path.name for path in (runs.storage / "runs").iterdir()} == {stays.name, ".prune.lock"}
     assert {path.name for path in (runs.storage / "bundles").iterdir()} == {stays.name}
-    assert sorted(path for path in stays.directory.rglob("*") if path.name != "lock") == untouched
+    assert sorted(path for path in stays.directory.rglob("*") if path.name not in LOCKS) == untouched
 
 
 def test_what_cannot_be_deleted_is_one_line_and_is_finished_later(

@@ -1,0 +1,60 @@
+"""What a job prints, until its end, whatever becomes of the connection on the way."""
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from cluster import submission
+from cluster.errors import HelioError
+from cluster.output import Output
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+ENTRYPOINT = "Running entrypoint for job"
+
+
+def follow(dashboard: submission.Reached, job: str, output: Output, own: bool = False) -> "JobDetails":
+    """Print what a job has printed and prints, and return it once it has ended.
+
+    Where the connection breaks, it goes on behind what is printed. With `own`, what Ray says of the job's start is left
+    out. Raises HelioError where the cluster cannot be reached for long.
+    """
+    printer = _Printer(output, own)
+    while True:
+        # What it has printed before it ended is all there is.
+        is_over = _details(dashboard, job).status.is_terminal()
+        with suppress(HelioError):
+            submission.tail(dashboard, job, printer.show)
+            if is_over or _details(dashboard, job).status.is_terminal():
+                return _details(dashboard, job)
+        printer.begin_again()
+        time.sleep(submission.POLL_S)
+
+
+def _details(dashboard: submission.Reached, job: str) -> "JobDetails":
+    return submission.patiently(lambda: submission.details(dashboard, job))
+
+
+class _Printer:
+    """Prints what a job's log has, once, also where it is read again."""
+
+    def __init__(self, output: Output, own: bool) -> None:
+        self._output, self._own, self._printed = output, own, 0
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """What comes next is the beginning of the log."""
+        self._start: str | None = "" if self._own else None
+        self._read = 0
+
+    def show(self, text: str) -> None:
+        if self._start is not None:
+            self._start += text
+            _, end, text = self._start.partition(ENTRYPOINT)[2].partition("\n")
+            if not end:
+                return
+            self._start = None
+        print(text[max(0, self._printed - self._read) :], end="", file=self._output.results, flush=True)
+        self._read += len(text)
+        self._printed = max(self._printed, self._read)
