@@ -7,6 +7,7 @@
 """
 
 import json
+import logging
 import socket
 import ssl
 import threading
@@ -33,6 +34,8 @@ from serving.records.identity import new_request_id
 if TYPE_CHECKING:
     from cluster.output import Output
     from cluster.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
@@ -139,7 +142,24 @@ def _check_place(profile: Profile, config: ServeConfig) -> None:
     if profile.address is None:
         check_port(config)
     else:
+        _end_leftover()
         _check_cluster(config)
+
+
+def _end_leftover() -> None:
+    """End what a killed process has left of its endpoint: Serve outlives it, the actor that its replicas share not."""
+    import ray
+    from ray import serve
+
+    from serving.control import NAME, NAMESPACE
+
+    if set(serve.status().applications) != {APPLICATION}:
+        return
+    try:
+        ray.get_actor(NAME, NAMESPACE)
+    except ValueError:
+        logger.warning("the endpoint of a process that was killed is ended")
+        serve.shutdown()
 
 
 def check_port(config: ServeConfig) -> None:
