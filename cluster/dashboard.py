@@ -4,11 +4,11 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from cluster.addresses import is_loopback, keep_from_proxies
 from cluster.errors import HelioError
 from cluster.profile import Profile
 
@@ -54,6 +54,7 @@ class Dashboard:
                 "or use `helio run` on this machine"
             )
         self.address = profile.dashboard.rstrip("/")
+        keep_from_proxies()
         self._trusted = trusted(profile) if self.address.startswith("https://") else True
         self._headers = {} if profile.auth_mode == "disabled" else {"Authorization": f"Bearer {self._token()}"}
         self._check_version(self.get("/api/version")["ray_version"])
@@ -214,13 +215,3 @@ def trusted(profile: Profile) -> str:
             return named
     own = own_certificate(profile)
     return str(own) if profile.dashboard_tls is None and own.exists() else DEFAULT_CA_BUNDLE_PATH
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is one that only this machine reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from cluster.dashboard import is_loopback
+from cluster.addresses import is_loopback, keep_from_proxies
 from cluster.profile import Profile
 from cluster.run import write_json
 from serving.config import APPLICATION
@@ -64,18 +64,20 @@ def find_endpoints(profile: Profile, applications: Mapping[str, Any] | None) -> 
 def _places(profile: Profile, applications: Mapping[str, Any] | None) -> list[str]:
     """Where endpoints may be."""
     here, found = socket.gethostname(), []
+    nodes = [proxy["node_ip"] for proxy in (applications or {}).get("proxies", {}).values()]
     for path in sorted((profile.storage_path / "serving").glob("*/endpoint-*.json")):
         try:
             record = json.loads(path.read_text())
         except FileNotFoundError:
             continue
-        own = record["host"] == here or not is_loopback(urlsplit(record["url"]).hostname or "")
-        if own and record["address"] == profile.address:
+        host = urlsplit(record["url"]).hostname or ""
+        # A job knows the cluster that it runs on by no address.
+        same = record["address"] == profile.address or host in nodes
+        if same and (record["host"] == here or not is_loopback(host)):
             found.append(record["url"])
     if applications is not None and not found:
         # One that no command has started, as a RayService.
         options = applications.get("http_options") or {}
-        nodes = [proxy["node_ip"] for proxy in applications.get("proxies", {}).values()]
         if nodes and "port" in options and not is_loopback(options.get("host", "")):
             found.append(f"http://{nodes[0]}:{options['port']}")
     return found
@@ -90,26 +92,32 @@ def _ask(url: str, profile: Profile) -> Endpoint | None:
         if status.status_code != 200:
             return {**_unreached(_refused(status)), "url": url}
         text = _get(url, "/metrics", certificate).text
+        document = status.json()
+        return {
+            "url": url,
+            "model": document["model"]["name"],
+            "version": document["model"]["version"],
+            "replicas": document["replicas"],
+            "target_replicas": None,
+            **_counted(text),
+            **{name: document["arms"]["champion"][name] for name in ("p50_ms", "p99_ms")},
+            "rollout": _under_way(document["rollout"]),
+            "fault": None,
+        }
+    except (ValueError, KeyError, TypeError):
+        # Its process was killed, and another has its port.
+        return {**_unreached("what answers there is no endpoint of helio"), "url": url}
     except requests.exceptions.SSLError:
         return {**_unreached("its certificate is not trusted: set REQUESTS_CA_BUNDLE"), "url": url}
     except requests.RequestException:
         return None
-    document = status.json()
-    return {
-        "url": url,
-        "model": document["model"]["name"],
-        "version": document["model"]["version"],
-        "replicas": document["replicas"],
-        "target_replicas": None,
-        **_counted(text),
-        **{name: document["arms"]["champion"][name] for name in ("p50_ms", "p99_ms")},
-        "rollout": _under_way(document["rollout"]),
-        "fault": None,
-    }
 
 
 def _get(url: str, path: str, certificate: str | None) -> requests.Response:
-    key = os.environ.get("HELIO_API_KEY")
+    keep_from_proxies()
+    place = urlsplit(url)
+    is_unheard = place.scheme == "https" or is_loopback(place.hostname or "")
+    key = os.environ.get("HELIO_API_KEY") if is_unheard else None
 
     def signed(request: requests.PreparedRequest) -> requests.PreparedRequest:
         if key:
@@ -122,7 +130,7 @@ def _get(url: str, path: str, certificate: str | None) -> requests.Response:
 
 def _refused(answer: requests.Response) -> str:
     if answer.status_code in (401, 403):
-        return "it wants a key with the scope status: set HELIO_API_KEY"
+        return "it wants a key with the scope status: set HELIO_API_KEY, which goes over https alone"
     return f"it answers with {answer.status_code}"
 
 

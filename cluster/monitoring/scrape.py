@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.dashboard import check_unheard, token_path
+from cluster.dashboard import check_unheard, own_certificate, token_path
 from cluster.errors import HelioError
 from cluster.kuberay import HEADS_METRICS_PORTS, INSTANCE, METRICS
 from cluster.nodes import Kubernetes, Monitoring
@@ -61,6 +61,9 @@ def _nodes_job(profile: Profile) -> Config:
     if profile.auth_mode == "token":
         check_unheard(profile.name, address)
         discovery["authorization"] = _bearer(str(token_path()))
+    own = own_certificate(profile)
+    if address.startswith("https://") and profile.dashboard_tls is None and own.exists():
+        discovery["tls_config"] = {"ca_file": str(own)}
     return {
         # The name that Ray gives to what it lists.
         "job_name": "ray",

@@ -40,13 +40,13 @@ helio_ongoing_requests{model="birds",replica="a"} 5.0
 
 
 @contextmanager
-def answering(key: str | None = None) -> Iterator[str]:
+def answering(key: str | None = None, status: object = STATUS) -> Iterator[str]:
     """Where something answers as an endpoint does whose requests want `key`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             refused = key is not None and self.headers["Authorization"] != f"Bearer {key}"
-            body = (METRICS if self.path == "/metrics" else json.dumps(STATUS)).encode()
+            body = (METRICS if self.path == "/metrics" else json.dumps(status)).encode()
             self.send_response(401 if refused else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -96,6 +96,19 @@ def test_an_endpoint_that_wants_a_key_says_so_and_is_asked_with_it(
     assert (found["fault"], found["requests"]) == (None, 6)
 
 
+def test_the_key_goes_to_the_endpoint_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = Profile(name="here", storage=str(tmp_path))
+    monkeypatch.setenv("HELIO_API_KEY", "helio_right")
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9" if name == "http_proxy" else "")
+    with answering(key="helio_right") as url, announced(profile, "birds", url):
+        (found,) = find_endpoints(profile, None)
+    assert (found["fault"], found["requests"]) == (None, 6)
+    with answering(status={"files": []}) as url, announced(profile, "birds", url):
+        (other,) = find_endpoints(profile, None)
+    assert (other["url"], other["fault"]) == (url, "what answers there is no endpoint of helio")
+
+
 def test_ray_serve_tells_of_replicas_that_start_and_of_what_fails(tmp_path: Path) -> None:
     profile = Profile(name="lab", address="10.0.0.5:6379", storage=str(tmp_path))
     (starting,) = find_endpoints(profile, application("RUNNING", "STARTING"))
@@ -108,5 +121,9 @@ def test_ray_serve_tells_of_replicas_that_start_and_of_what_fails(tmp_path: Path
         place = {"http_options": {"host": "0.0.0.0", "port": int(url.rpartition(":")[2])}}
         proxies = {"proxies": {"node": {"node_ip": "127.0.0.1"}}}
         (found,) = find_endpoints(profile, {**application("RUNNING", "RUNNING"), **place, **proxies})
+        # A job of helio knows its cluster by no address.
+        with announced(Profile(name="lab", address="auto", storage=str(tmp_path)), "birds", url):
+            (announced_by_a_job,) = find_endpoints(profile, {**application("RUNNING"), **proxies})
     assert (found["url"], found["model"], found["replicas"]) == (url, "birds", {"running": 2})
+    assert announced_by_a_job["url"] == url
     assert find_endpoints(profile, {"applications": {"another": {}}}) == []
