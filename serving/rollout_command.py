@@ -5,30 +5,26 @@ helio rollout status --endpoint https://gpu-box:8000 --key-file key.txt
 helio rollout abort --why "the labels were wrong"
 """
 
-import getpass
 import json
-import os
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
-import requests
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.errors import EndpointError, HelioError
-from serving.client import endpoint_url
+from cluster.errors import HelioError
+from serving.client import Client, endpoint_url
+from serving.client.answers import not_ours
+from serving.client.command import read_key
 from serving.config import ServeConfig
 
 if TYPE_CHECKING:
     from cluster.output import Output
 
-TIMEOUT_S = 30.0
 LINES = 10
 """Entries of the audit log that a terminal has room for."""
 TITLES = {"error": "failed", "slow": "slow", "disagreement": "disagrees", "wrong": "wrong"}
@@ -46,10 +42,10 @@ def change_command(
     """`helio rollout start|pause|resume|promote|abort`: what the roll-out is after it."""
     if not (why or "").strip():
         raise HelioError(f'--why must say why, for the audit log, as in helio rollout {action} --why "new labels"')
-    order = {"action": action, "why": why}
     if action == "start":
-        order["version"] = version or "candidate"
-    document = _call("POST", endpoint, key_file, order)
+        version = version or "candidate"
+    with _client(endpoint, key_file) as client:
+        document = _checked(client, client.order(action, str(why), version))
     if as_json:
         print(json.dumps(document, indent=2), file=output.results)
     else:
@@ -59,7 +55,8 @@ def change_command(
 
 def status_command(endpoint: str | None, key_file: str | None, as_json: bool, output: "Output") -> int:
     """`helio rollout status`: where the roll-out stands, what both arms have shown, and the last of the audit log."""
-    document = _call("GET", endpoint, key_file)
+    with _client(endpoint, key_file) as client:
+        document = _checked(client, client.rollout())
     if as_json:
         print(json.dumps(document, indent=2), file=output.results)
         return 0
@@ -79,6 +76,17 @@ def status_command(endpoint: str | None, key_file: str | None, as_json: bool, ou
     if document.get("audit_fault"):
         print(f"helio: {document['audit_fault']}", file=output.messages)
     return 0
+
+
+def _client(endpoint: str | None, key_file: str | None) -> Client:
+    key = read_key(Path(key_file)) if key_file else None
+    return Client(endpoint or endpoint_url(ServeConfig()), key=key)
+
+
+def _checked(client: Client, document: dict[str, Any]) -> dict[str, Any]:
+    if "rollout" not in document:
+        raise not_ours(client.url)
+    return document
 
 
 def _headline(rollout: Mapping[str, Any]) -> str:
@@ -134,62 +142,3 @@ def _percent(share: float) -> str:
 
 def _moment(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _call(
-    method: str, endpoint: str | None, key_file: str | None, order: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    url = (endpoint or endpoint_url(ServeConfig())).rstrip("/")
-    key = _key(key_file)
-
-    def signed(request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if key:
-            request.headers["Authorization"] = f"Bearer {key}"
-        else:
-            request.headers["X-User"] = quote(getpass.getuser())
-        return request
-
-    try:
-        # As `auth`: a header would give way to what ~/.netrc has for the host. A redirect would take the key elsewhere.
-        response = requests.request(
-            method, f"{url}/v1/rollout", json=order, auth=signed, timeout=TIMEOUT_S, allow_redirects=False
-        )
-    except requests.Timeout:
-        raise EndpointError(
-            f"{url} did not answer within {TIMEOUT_S:g} s: see what is with `helio rollout status`"
-        ) from None
-    except requests.exceptions.SSLError:
-        raise EndpointError(
-            f"no trusted TLS connection to {url}: look at its scheme, or set REQUESTS_CA_BUNDLE"
-        ) from None
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
-        raise HelioError(f"--endpoint must be a URL as http://127.0.0.1:8000, got {url}") from None
-    except requests.RequestException:
-        raise EndpointError(f"no endpoint answers at {url}: start one with `helio deploy RECIPE`") from None
-    try:
-        document = response.json()
-        if response.status_code == 200 and "rollout" in document:
-            return cast(dict[str, Any], document)
-        message = document["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        raise EndpointError(
-            f"{url} answered {response.status_code}, but not as helio's endpoint does: is it one?"
-        ) from None
-    raise EndpointError(f"{url} answered {response.status_code}: {message}")
-
-
-def _key(key_file: str | None) -> str | None:
-    if key_file is None:
-        origin, key = "HELIO_API_KEY", os.environ.get("HELIO_API_KEY", "")
-        if not key:
-            return None
-    else:
-        origin = f"--key-file {key_file}"
-        try:
-            key = Path(key_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise HelioError(f"{origin} cannot be read: {reason}") from None
-    if not re.fullmatch(r"[!-~]+", key):
-        raise HelioError(f"{origin} must hold an API key and nothing else")
-    return key

@@ -2,6 +2,7 @@
 but reading image files.
 """
 
+import getpass
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from cluster.errors import EndpointError
 from serving.client.answers import (
@@ -29,6 +30,7 @@ from serving.client.pixels import Image, load
 from serving.client.retries import Outcome, Retries, Tries
 
 KEY_VARIABLE = "HELIO_API_KEY"
+ROLLOUT = "/v1/rollout"
 
 MAX_BATCH_BYTES = 4 * 2**20
 """Of the images in one request, unless a single one is larger: an endpoint takes 20 MiB unless its recipe says
@@ -63,6 +65,8 @@ class Request:
     target: str
     headers: dict[str, str]
     body: bytes = b""
+    once: bool = False
+    """Not sent again where it may have been carried out."""
 
 
 class Endpoint:
@@ -80,9 +84,9 @@ class Endpoint:
         """When a call that begins now must have ended, on the clock of `time.monotonic`."""
         return time.monotonic() + self.timeout_s
 
-    def tries(self, deadline: float) -> Tries:
+    def tries(self, request: Request, deadline: float) -> Tries:
         """The tries of a call."""
-        return Tries(self.retries, deadline, known=self._answered)
+        return Tries(self.retries, deadline, known=self._answered, once=request.once)
 
     def final(self, outcome: Outcome) -> Reply:
         """What a call has come to. Raises EndpointError."""
@@ -122,6 +126,14 @@ class Endpoint:
             document["comment"] = comment
         headers = {**self._all_headers(), "content-type": "application/json"}
         return Request("POST", of_model("/v1/feedback", model), headers, json.dumps(document).encode())
+
+    def order(self, action: str, why: str, version: str | None) -> Request:
+        """A step of a roll-out, by the name of the user where no key says who it is."""
+        headers = {**self._all_headers(), "content-type": "application/json"}
+        if "authorization" not in headers:
+            headers["x-user"] = quote(getpass.getuser())
+        given = {"action": action, "why": why, **({} if version is None else {"version": version})}
+        return Request("POST", ROLLOUT, headers, json.dumps(given).encode(), once=True)
 
     def _all_headers(self, request_id: str | None = None) -> dict[str, str]:
         own = uuid.uuid4().hex if request_id is None else _header("request_id", request_id)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from cluster.errors import EndpointError
 from serving.client.answers import ImageError, Prediction, Reply
-from serving.client.calls import Batch, Endpoint, Options, Request, batches, document, of_model
+from serving.client.calls import ROLLOUT, Batch, Endpoint, Options, Request, batches, document, of_model
 from serving.client.connection import AsyncPool, Pool, Verify
 from serving.client.pixels import Image, load
 from serving.client.retries import Retries
@@ -144,6 +144,18 @@ class Client:
         """Model, replicas and roll-out as they are now. Raises EndpointError."""
         return self._get("/v1/status")
 
+    def rollout(self) -> dict[str, Any]:
+        """The roll-out that was started last, and its audit log. Raises EndpointError."""
+        return self._get(ROLLOUT)
+
+    def order(self, action: str, why: str, version: str | None = None) -> dict[str, Any]:
+        """Start, pause, resume, promote or abort a roll-out, and say why, for the log; what it is after that.
+
+        `version` is that of the registry which is started. Nothing is ordered twice: where the connection is lost,
+        `rollout` tells what was done. Raises EndpointError.
+        """
+        return document(self._send(self._endpoint.order(action, why, version), self._endpoint.deadline()))
+
     def ready(self) -> bool:
         """Whether the endpoint answers now, asked once."""
         outcome = self._pool.send(self._endpoint.get("/readyz"), self._endpoint.deadline())
@@ -166,7 +178,7 @@ class Client:
         return document(self._send(self._endpoint.get(path), self._endpoint.deadline()))
 
     def _send(self, request: Request, deadline: float, pause: Callable[[float], object] = time.sleep) -> Reply:
-        tries = self._endpoint.tries(deadline)
+        tries = self._endpoint.tries(request, deadline)
         while True:
             outcome = self._pool.send(request, deadline)
             wait_s = tries.wait_s(outcome)
@@ -266,6 +278,14 @@ class AsyncClient:
         """As `Client.status`."""
         return await self._get("/v1/status")
 
+    async def rollout(self) -> dict[str, Any]:
+        """As `Client.rollout`."""
+        return await self._get(ROLLOUT)
+
+    async def order(self, action: str, why: str, version: str | None = None) -> dict[str, Any]:
+        """As `Client.order`."""
+        return document(await self._send(self._endpoint.order(action, why, version), self._endpoint.deadline()))
+
     async def ready(self) -> bool:
         """As `Client.ready`."""
         outcome = await self._pool.send(self._endpoint.get("/readyz"), self._endpoint.deadline())
@@ -284,7 +304,7 @@ class AsyncClient:
         return document(await self._send(self._endpoint.get(path), self._endpoint.deadline()))
 
     async def _send(self, request: Request, deadline: float) -> Reply:
-        tries = self._endpoint.tries(deadline)
+        tries = self._endpoint.tries(request, deadline)
         while True:
             outcome = await self._pool.send(request, deadline)
             wait_s = tries.wait_s(outcome)

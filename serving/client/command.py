@@ -44,7 +44,7 @@ def predict_command(
     A line has the best class, or the `top_k` best. `heat_map` is a directory for pictures of what the model looked at.
     `model` is another one than the endpoint's own.
     """
-    key = _read_key(Path(key_file)) if key_file else None
+    key = read_key(Path(key_file)) if key_file else None
     pictures = HeatMaps(Path(heat_map)) if heat_map else None
     answers: list[dict[str, Any]] = []
     failed = False
@@ -86,7 +86,8 @@ def _default_url(recipe: "Recipe | None") -> str:
     return endpoint_url(recipe.section(ServeConfig) if recipe else ServeConfig())
 
 
-def _read_key(path: Path) -> str:
+def read_key(path: Path) -> str:
+    """The API key in a file. Raises HelioError."""
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,6 @@ its network layer.
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 import ssl
 import time
@@ -17,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpcore
 
+from cluster.addresses import is_loopback
 from cluster.errors import EndpointError
 from serving.client.answers import Late, Lost, NotReached, Reply
 from serving.client.calls import Endpoint, Request
@@ -134,7 +134,7 @@ def _broken(endpoint: Endpoint, error: Exception, reply: Reply | None) -> Outcom
     if reply is not None and reply.has_lines():
         reply.whole = False
         return reply
-    return Lost(f"{url} broke the connection off twice: it is going down, wants https://, or is not helio's endpoint")
+    return Lost(f"{url} broke the connection off: it is going down, wants https://, or is not helio's endpoint")
 
 
 def _settings(url: str, verify: Verify) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _trust(url: str, verify: Verify) -> ssl.SSLContext | None:
 def _proxy(url: str) -> httpcore.Proxy | None:
     """The proxy that the environment names for `url`."""
     parts = urlsplit(url)
-    if _is_loopback(parts.hostname or ""):
+    if is_loopback(parts.hostname or ""):
         # A proxy cannot reach this machine's own loopback.
         return None
     from urllib.request import getproxies, proxy_bypass
@@ -178,13 +178,6 @@ def _proxy(url: str) -> httpcore.Proxy | None:
         raise EndpointError(f"the environment names the proxy {place.scheme}://…: helio uses http:// and https:// ones")
     auth = (unquote(place.username), unquote(place.password or "")) if place.username else None
     return httpcore.Proxy(place.geturl(), auth=auth)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _Connection(httpcore.NetworkStream):

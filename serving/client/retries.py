@@ -23,7 +23,7 @@ class Retries:
     - A connection lost on the way, or 502 or a 500 that is not the endpoint's, by which a proxy says the same: once
       more, since the request may have been what broke it. Nothing happens twice: a prediction changes nothing, a
       correction says the same again, and all tries carry the same `x-request-id`. Of a stream only the images that
-      had no answer yet are asked for, as a request of their own.
+      had no answer yet are asked for, as a request of their own. An order to a roll-out is not sent again.
     - Any other answer, and silence until the deadline: never.
 
     Before a try passes what `Retry-After` says (seconds or an HTTP date), and on top of it a back-off that doubles
@@ -49,8 +49,9 @@ class Tries:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         known: bool = False,
+        once: bool = False,
     ) -> None:
-        """`known`: the endpoint has answered before."""
+        """`known`: the endpoint has answered before. `once`: what may have been carried out is not sent again."""
         self._rules = rules
         self._deadline = deadline
         self._clock = clock
@@ -58,7 +59,7 @@ class Tries:
         self._known = known
         self._again = 0
         self._counted = 0
-        self._lost = False
+        self._lost = once
 
     def wait_s(self, outcome: Outcome) -> float | None:
         """How long to wait before the next try; None when there is none, and `outcome` is the call's."""

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import email.utils
+import getpass
 import ipaddress
 import pickle
 import socket
@@ -66,13 +67,19 @@ def test_a_prediction_has_what_was_asked_for(kind: Any, tmp_path: Path) -> None:
 def test_the_other_calls(kind: Any) -> None:
     document = {"name": "m", "classes": ["cat"]}
     steps = [answer(200, document), answer(200, {"replicas": {}}), answer(201, {"stored": True, "request_id": "r"})]
-    with scripted(*steps, answer(200, {}), error(503)) as server, opened(kind, server.url) as client:
+    rollouts = [answer(200, {"rollout": None}), answer(200, {"rollout": {}})]
+    with scripted(*steps, *rollouts, answer(200, {}), error(503)) as server, opened(kind, server.url) as client:
         assert client.model() == document
         assert client.status() == {"replicas": {}}
         client.feedback("r", "dog", image=3, comment="it barks")
+        assert client.rollout() == {"rollout": None}
+        assert client.order("start", "new labels", "7") == {"rollout": {}}
         assert client.ready()
         assert not client.ready()
-    assert [asked.target for asked in server.asked] == ["/v1/model", "/v1/status", "/v1/feedback"] + ["/readyz"] * 2
+    targets = ["/v1/model", "/v1/status", "/v1/feedback", "/v1/rollout", "/v1/rollout", "/readyz", "/readyz"]
+    assert [asked.target for asked in server.asked] == targets
+    assert server.asked[4].body == b'{"action": "start", "why": "new labels", "version": "7"}'
+    assert server.asked[4].headers["x-user"] == getpass.getuser()
     assert server.asked[2].body == b'{"request_id": "r", "label": "dog", "image": 3, "comment": "it barks"}'
     with opened(kind, server.url) as client:
         assert not client.ready()
@@ -237,10 +244,14 @@ def test_a_lost_connection_is_tried_once_more(kind: Any, break_off: Any) -> None
     with (
         scripted(break_off) as server,
         opened(kind, server.url) as client,
-        pytest.raises(EndpointError, match=r"broke the connection off twice|answered 50[02]"),
+        pytest.raises(EndpointError, match=r"broke the connection off|answered 50[02]"),
     ):
         client.predict(b"bytes")
     assert len(server.asked) == 2
+    # An order may have been carried out.
+    with scripted(break_off) as server, opened(kind, server.url) as client, pytest.raises(EndpointError):
+        client.order("promote", "we know it well")
+    assert len(server.asked) == 1
 
 
 def test_an_endpoint_that_has_answered_is_waited_for_while_its_proxy_is_started_again() -> None:

@@ -173,7 +173,7 @@ def test_a_redirect_gets_no_key(endpoint: Endpoint, output: Output, monkeypatch:
     monkeypatch.setenv("HELIO_API_KEY", "helio_secret")
     with serving() as elsewhere:
         endpoint.status, endpoint.headers = 307, {"location": f"{elsewhere.url}/v1/rollout"}
-        with pytest.raises(EndpointError, match="answered 307, but not as helio's endpoint does"):
+        with pytest.raises(EndpointError, match="answered 307: it has no replica, or is not helio's endpoint"):
             status_command(endpoint.url, None, False, output)
         assert elsewhere.asked == []
 
@@ -186,21 +186,21 @@ def test_what_goes_wrong_is_one_line(endpoint: Endpoint, output: Output, tmp_pat
         change_command("abort", None, "why", endpoint.url, None, False, output)
     for body in (b"<html>", b"[]", b'{"error": "x"}'):
         endpoint.status, endpoint.body = 200, body
-        with pytest.raises(EndpointError, match="answered 200, but not as helio's endpoint does"):
+        with pytest.raises(EndpointError, match="answers something else than was asked for: is it helio's endpoint"):
             status_command(endpoint.url, None, False, output)
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     with pytest.raises(EndpointError, match=f"no endpoint answers at {url}: start one with"):
         status_command(url, None, False, output)
-    with pytest.raises(EndpointError, match=r"no trusted TLS connection to https://.+: look at its scheme"):
+    with pytest.raises(EndpointError, match=r"no TLS connection to https://.+: is it an http:// endpoint"):
         status_command(endpoint.url.replace("http:", "https:"), None, False, output)
-    for url in ("gpu-box:8000", "http://", "nonsense"):
-        with pytest.raises(HelioError, match="--endpoint must be a URL as http://127"):
+    for url in ("ftp://gpu-box", "http://", "non sense"):
+        with pytest.raises(EndpointError, match="the endpoint must be a URL as http://127"):
             status_command(url, None, False, output)
     with pytest.raises(HelioError, match=r"--key-file .+ cannot be read: No such file or directory"):
         status_command(endpoint.url, str(tmp_path / "none"), False, output)
     (tmp_path / "two").write_text("helio_a\nhelio_b\n")
-    with pytest.raises(HelioError, match=r"--key-file .+ must hold an API key and nothing else"):
+    with pytest.raises(HelioError, match="the API key must be of printable ASCII characters"):
         status_command(endpoint.url, str(tmp_path / "two"), False, output)
 
 
