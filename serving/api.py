@@ -60,7 +60,7 @@ from serving.upload import (
     error_form,
     is_raw,
     read_images,
-    require_plain,
+    require_json,
 )
 
 LINES = "application/x-ndjson"
@@ -169,7 +169,7 @@ class Api:
     async def correct(self, request: Request, told: Inquiry) -> Response:
         """Store what an image of an answered request really shows."""
         await self.admit(told, 0)
-        require_plain(request)
+        require_json(request)
         given = read_correction(await request.body())
         who = told.admission.key_id if told.admission else told.who
         classes = (await self.answering.champion(request.query_params.get("model", ""))).classes
@@ -203,7 +203,7 @@ class Api:
     async def order(self, request: Request, told: Inquiry) -> Response:
         """Start, pause, resume, promote or abort a roll-out."""
         await self.admit(told, 0, "admin")
-        require_plain(request)
+        require_json(request)
         try:
             action, version, why = read_order(await request.body())
         except HelioError as error:

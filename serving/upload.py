@@ -70,6 +70,13 @@ def require_plain(request: Request) -> None:
         raise Refusal(415, "unsupported_content_encoding", f"content-encoding {encoding[:40]} is not read: send plain")
 
 
+def require_json(request: Request) -> None:
+    """Raises Refusal for what does not say that it is JSON: a browser sends that for any page, without asking first."""
+    require_plain(request)
+    if _kind(request) != "application/json":
+        raise Refusal(415, "unsupported_content_type", "send the document as content-type: application/json")
+
+
 @dataclass(frozen=True)
 class Upload:
     """The encoded images of a request."""

@@ -125,6 +125,7 @@ IMAGE = picture(1)
 CODED = base64.b64encode(IMAGE).decode()
 INFER = f"/v2/models/{NAME}/infer"
 TENSOR = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [CODED]}
+JSON = {"content-type": "application/json"}
 REAL: list[tuple[int, str, dict[str, Any]]] = [
     (200, "POST /v1/predict", {"data": IMAGE}),
     (200, "POST /v1/predict?probabilities=true&embedding=true&top_k=1", {"files": {"file": IMAGE}}),
@@ -143,11 +144,13 @@ REAL: list[tuple[int, str, dict[str, Any]]] = [
     (415, "POST /v1/predict", {"data": b"no image"}),
     (422, "POST /v1/predict", {"json": {"url": "http://127.0.0.1"}}),
     (201, "POST /v1/feedback", {"json": {"request_id": "a", "label": CLASSES[0]}}),
-    (400, "POST /v1/feedback", {"data": b"{"}),
+    (400, "POST /v1/feedback", {"data": b"{", "headers": JSON}),
+    (415, "POST /v1/feedback", {"data": b'{"request_id": "a", "label": "another page"}'}),
     (422, "POST /v1/feedback", {"json": {"request_id": "a", "label": "cow"}}),
     (415, "POST /v1/feedback", {"data": b"{}", "headers": {"content-encoding": "gzip"}}),
     *((200, f"GET {path.format(**PLACES)}", {}) for path, methods in OPERATIONS.items() if "GET" in methods),
     (400, "POST /v1/rollout", {"json": {"action": "start"}}),
+    (415, "POST /v1/rollout", {"data": b'{"action": "promote", "why": "another page"}'}),
     (409, "POST /v1/rollout", {"json": {"action": "pause", "why": "a test"}}),
     (413, "GET /v1/model", {"data": bytes(200_000)}),
     (404, "GET /v2/models/other", {}),
