@@ -151,17 +151,12 @@ class Batcher:
         with self._changed:
             if not self._waiting:
                 return
-            if callable(self._waiting[0].work) or not self._turn.acquire(blocking=False):
+            turn = self._turn
+            if callable(self._waiting[0].work) or not turn.acquire(blocking=False):
                 self._changed.notify()
                 return
             items = self._first()
-        try:
-            if items:
-                _deliver(items, self._answers(items))
-        except Exception as error:
-            _fail(items, error)
-        finally:
-            self._turn.release()
+        self._carry_out(items, turn, lambda call, *arguments: call(*arguments))
         if self._waiting:
             self._arrange(loop)
 
@@ -184,19 +179,23 @@ class Batcher:
 
     def _work(self) -> None:
         while items := self._take():
-            loop = items[0].answer.get_loop()
-            has_turn = self._turn.acquire(timeout=TURN_S)
-            if not has_turn:
+            turn = self._turn
+            if not turn.acquire(timeout=TURN_S):
                 # The other model hangs: it must not take this one with it.
-                self._turn = threading.Lock()
-            try:
+                turn = self._turn = threading.Lock()
+                turn.acquire()
+            self._carry_out(items, turn, items[0].answer.get_loop().call_soon_threadsafe)
+
+    def _carry_out(self, items: list[_Item], turn: "threading.Lock", tell: Callable[..., object]) -> None:
+        """Run what goes together and let `tell` call what answers it; the turn, which is held, is over then."""
+        try:
+            if items:
                 found = [items[0].work()] if callable(items[0].work) else self._answers(items)
-                loop.call_soon_threadsafe(_deliver, items, found)
-            except Exception as error:
-                loop.call_soon_threadsafe(_fail, items, error)
-            finally:
-                if has_turn:
-                    self._turn.release()
+                tell(_deliver, items, found)
+        except Exception as error:
+            tell(_fail, items, error)
+        finally:
+            turn.release()
 
     def _take(self) -> list[_Item]:
         """The next batch, or one piece of other work; empty once there is nothing left and the batcher is closed."""
