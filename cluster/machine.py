@@ -8,6 +8,7 @@ A node is one process of `ray start --block` in the background, and where its da
 certificate (cluster.tls.dashboard); its record is ~/.helio/nodes/<profile>.json.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -15,14 +16,17 @@ import socket
 import ssl
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, urlsplit
 
 from cluster import machines
+from cluster.addresses import is_loopback
 from cluster.background import Process, begin
-from cluster.dashboard import Dashboard, is_loopback, token_path
+from cluster.dashboard import Dashboard, token_path
 from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.run import write_json
@@ -48,15 +52,36 @@ class Record:
     node: Process
     proxy: Process | None = None
     """Before the dashboard, where that speaks HTTPS."""
+    plain: int | None = None
+    """The port of loopback where Ray's own dashboard is, behind it."""
 
 
 def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Output") -> int:
     """Start the head node here."""
     host, port = _place(profile)
     dashboard = _dashboard_place(profile, host)
+    with _one_at_a_time(profile):
+        _bring_up(profile, host, port, dashboard, cpus, gpus, output)
+    machines.join(profile, output)
+    return 0
+
+
+def _bring_up(
+    profile: Profile,
+    host: str,
+    port: int,
+    dashboard: SplitResult,
+    cpus: int | None,
+    gpus: int | None,
+    output: "Output",
+) -> None:
+    """Start what of the head node is not up."""
     if _is_up(profile, "head", output):
-        machines.join(profile, output)
-        return 0
+        record = _read(profile)
+        if record is not None and record.plain is not None and not (record.proxy and record.proxy.is_up):
+            _start_proxy(profile, dashboard, record, output)
+            print(f"helio: its dashboard is at {profile.dashboard} again", file=output.messages)
+        return
     if (fault := _bind_fault(str(dashboard.hostname), int(dashboard.port or 0))) is not None:
         raise HelioError(
             f"profile {profile.name}: {profile.dashboard} cannot be opened here ({fault}): set dashboard to an address "
@@ -69,21 +94,27 @@ def up_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Ou
         words += [f"--dashboard-host={dashboard.hostname}", f"--dashboard-port={dashboard.port}"]
         _start(profile, "head", words, cpus, gpus)
     else:
-        _start_behind_proxy(profile, dashboard, words, cpus, gpus, output)
+        plain = free_ports(1)[0]
+        words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={plain}"]
+        record = replace(_start(profile, "head", words, cpus, gpus), plain=plain)
+        try:
+            _start_proxy(profile, dashboard, record, output)
+        except HelioError:
+            _end(record)
+            _path(profile).unlink()
+            raise
     print(
         f"helio: the head node is up at {profile.address}, its dashboard at {profile.dashboard}", file=output.messages
     )
-    machines.join(profile, output)
-    return 0
 
 
 def join_command(profile: Profile, cpus: int | None, gpus: int | None, output: "Output") -> int:
     """Make this machine a worker node of a cluster that is up."""
     _place(profile)
-    if _is_up(profile, "worker", output):
-        return 0
-    _start(profile, "worker", [f"--address={profile.address}"], cpus, gpus)
-    print(f"helio: this machine is a node of the cluster at {profile.address}", file=output.messages)
+    with _one_at_a_time(profile):
+        if not _is_up(profile, "worker", output):
+            _start(profile, "worker", [f"--address={profile.address}"], cpus, gpus)
+            print(f"helio: this machine is a node of the cluster at {profile.address}", file=output.messages)
     return 0
 
 
@@ -141,29 +172,23 @@ def _start(profile: Profile, role: str, words: list[str], cpus: int | None, gpus
     return record
 
 
-def _start_behind_proxy(
-    profile: Profile, place: SplitResult, words: list[str], cpus: int | None, gpus: int | None, output: "Output"
-) -> None:
+def _start_proxy(profile: Profile, place: SplitResult, record: Record, output: "Output") -> None:
+    """Let the dashboard of a head node that is up speak HTTPS. Raises HelioError."""
     from cluster.tls.dashboard import dashboard_files
 
     host, port = str(place.hostname), int(place.port or 0)
     files, certificate, is_new = dashboard_files(profile, host)
-    plain = free_ports(1)[0]
-    words = [*words, "--dashboard-host=127.0.0.1", f"--dashboard-port={plain}"]
-    record = _start(profile, "head", words, cpus, gpus)
     log = _path(profile).with_suffix(".tls.log")
     listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     # -P: what lies in this directory is nothing of ours.
     command = [sys.executable, "-P", "-m", "cluster.tls.dashboard", str(files.certificate), str(files.key)]
-    command += [listen, f"127.0.0.1:{plain}", str(record.node.pid)]
+    command += [listen, f"127.0.0.1:{record.plain}", str(record.node.pid)]
     process, begun = begin(command, os.environ, log)
-    record = replace(record, proxy=begun)
-    write_json(_path(profile), asdict(record))
+    write_json(_path(profile), asdict(replace(record, proxy=begun)))
     deadline = time.monotonic() + UP_WITHIN_S
     while not _speaks_tls(host, port, certificate.trust()):
         if process.poll() is not None or time.monotonic() > deadline:
-            _end(record)
-            _path(profile).unlink()
+            begun.end(DOWN_WITHIN_S)
             raise HelioError(f"the dashboard's proxy did not come up ({_reason(log)}): see {log}")
         time.sleep(POLL_S)
     if is_new:
@@ -198,6 +223,16 @@ def _is_up(profile: Profile, role: str, output: "Output") -> bool:
         raise HelioError(f"{said}: `helio cluster down` ends it")
     print(f"helio: {said}", file=output.messages)
     return True
+
+
+@contextmanager
+def _one_at_a_time(profile: Profile) -> Iterator[None]:
+    """A block that no other command starts a node of this profile in; it waits for the other."""
+    path = _path(profile).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _agent_port() -> int:

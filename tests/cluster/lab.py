@@ -61,6 +61,14 @@ class Lab:
             (machine.home / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.head.home / file, machine.home / file)
 
+    def up(self) -> str:
+        """Start the head node, or what of it has ended; what is said."""
+        for _ in range(ATTEMPTS):
+            done = self.helio(self.head, "cluster", "up", f"--cpus={self.cpus}", "--gpus=0")
+            if done.returncode == 0:
+                return done.stderr
+        raise RuntimeError(done.stderr)
+
     def join(self, machine: Machine) -> None:
         """Make a machine a worker node."""
         self.write_profile(machine)
@@ -78,8 +86,7 @@ def lab(workers: int, directory: Path, cpus: int, spares: int = 0, **fields: Any
     with machines(workers + spares + 3, directory) as (head, client, other, *others):
         found = Lab(head, others[:workers], client, other, others[workers:], directory / "storage", cpus, fields)
         found.write_profile(head)
-        up = found.helio(head, "cluster", "up", f"--cpus={cpus}", "--gpus=0")
-        assert up.returncode == 0, up.stderr
+        found.up()
         for machine in found.workers:
             found.join(machine)
         for machine in (client, other):

@@ -1,7 +1,9 @@
 """A cluster whose nodes have addresses of their own, and jobs that come to it over HTTPS from other machines."""
 
 import json
+import os
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,3 +76,13 @@ def test_the_dashboard_speaks_https_alone(nodes: Lab) -> None:
     nodes.write_profile(nodes.other, name="mine")
     trusted = nodes.helio(nodes.other, "jobs", REQUESTS_CA_BUNDLE=str(nodes.other.home / CERTIFICATE))
     assert trusted.returncode == 0, trusted.stderr
+
+
+def test_up_mends_the_https_of_a_dashboard(nodes: Lab) -> None:
+    record = json.loads((nodes.head.home / ".helio" / "nodes" / "lab.json").read_text())
+    os.kill(record["proxy"]["pid"], signal.SIGKILL)
+    unreached = nodes.helio(nodes.client, "jobs")
+    assert unreached.returncode == 2 and "connection refused" in unreached.stderr
+    said = nodes.up()
+    assert "already" in said and f"its dashboard is at https://{nodes.head.address}:8265 again" in said
+    assert nodes.helio(nodes.client, "jobs").returncode == 0

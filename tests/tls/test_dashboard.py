@@ -65,7 +65,7 @@ def test_it_ends_with_its_node(home: Path) -> None:
             assert answer.status_code == 503 and "the dashboard is starting or going down" in answer.text
             haproxy, _ = haproxy_of(proxy.pid)
             node.kill()
-            assert proxy.wait(timeout=10) == 0
+            assert proxy.wait(timeout=60) == 0
     assert not Path(f"/proc/{haproxy}").exists()
 
 
@@ -103,7 +103,7 @@ def test_a_websocket_goes_through(home: Path) -> None:
             assert asyncio.run(talk(port, target)) == "line Bearer a"
         finally:
             proxy.terminate()
-        assert proxy.wait(timeout=10) == 0
+        assert proxy.wait(timeout=60) == 0
 
 
 def test_a_port_that_is_taken_is_told_before_anything_starts(home: Path) -> None:

@@ -73,7 +73,7 @@ def proxied(pair: Pair, target: int) -> Iterator[int]:
         socket.create_connection(("127.0.0.1", port)).close()
 
 
-def eventually(true: Callable[[], bool], within_s: float = 10) -> None:
+def eventually(true: Callable[[], bool], within_s: float = 60) -> None:
     deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline
