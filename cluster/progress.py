@@ -159,7 +159,7 @@ class RunProgress:
         """Print one line."""
         self.console.print(text, markup=False)
         if self._file is not None:
-            with self._file.open("a") as file:
+            with _harmless(self._file), self._file.open("a") as file:
                 file.write(f"{text}\n")
         self._said = text.strip()
         self.document(now=True)
@@ -174,14 +174,14 @@ class RunProgress:
         finally:
             self._stage = None
             if self._file is not None:
-                self._file.with_name(DOCUMENT).unlink(missing_ok=True)
+                with _harmless(self._file):
+                    self._file.with_name(DOCUMENT).unlink(missing_ok=True)
 
     def document(self, now: bool = False) -> None:
         """Write progress.json, at once, or when it was not written for a second."""
         if self._file is None or (not now and time.monotonic() - self._documented < DOCUMENT_EVERY_S):
             return
-        if self._stage is None and _goes_on_elsewhere(self._file.with_name(DOCUMENT)):
-            return
+        path = self._file.with_name(DOCUMENT)
         self._documented = time.monotonic()
         stage, began = self._stage or (None, None)
         document = {
@@ -191,16 +191,13 @@ class RunProgress:
             "said": self._said,
             "task": None if self._task is None else self._task.to_dict(),
         }
-        path = self._file.with_name(DOCUMENT)
         temporary = path.with_name(f".{DOCUMENT}.{os.getpid()}")
-        try:
+        with _harmless(path), self._writing:
+            if self._stage is None and _goes_on_elsewhere(path):
+                return
             # A reader sees the old file or the new one.
-            with self._writing:
-                temporary.write_text(json.dumps(document) + "\n")
-                temporary.replace(path)
-        except OSError as error:
-            # Nothing of the run depends on it.
-            logger.warning("%s cannot be written: %s", path, error)
+            temporary.write_text(json.dumps(document) + "\n")
+            temporary.replace(path)
 
     @contextmanager
     def task(
@@ -235,6 +232,15 @@ class RunProgress:
         finally:
             self._task = None
             self.document(now=True)
+
+
+@contextmanager
+def _harmless(path: Path) -> Iterator[None]:
+    """A block that writes what nothing of the run depends on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", path, error)
 
 
 def _goes_on_elsewhere(document: Path) -> bool:
