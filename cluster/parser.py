@@ -63,8 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="compare the pre-trained start of a run with one from scratch")
     evaluate.add_argument("run", metavar="RUN", help="a run that has finished pre-training")
     evaluate.add_argument("overrides", nargs="*", metavar="evaluate.key=value")
-    evaluate.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: its own)")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_profile(evaluate, "where to run", "its own")
+    _add_json(evaluate)
     _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
     _add_keys(commands.add_parser("keys", help="make, list and revoke the API keys of an endpoint"))
     _add_rollout(
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
     recipes.add_argument("overrides", nargs="*", metavar="section.key=value")
-    recipes.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_json(recipes)
     return parser
 
 
@@ -115,7 +115,7 @@ def _add_jobs(commands: Any) -> None:
         elif name == "wait":
             action.add_argument("--timeout", type=float, metavar="SECONDS", help="wait no longer than that")
         if name not in ("logs", "wait", "stop"):
-            action.add_argument("--json", action="store_true", help="print one JSON document")
+            _add_json(action)
 
 
 def _add_predict(command: argparse.ArgumentParser) -> None:
@@ -134,8 +134,8 @@ def _add_predict(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="URI", help="directory of the results; what is there is not done again")
     command.add_argument("--bundle", metavar="DIR", help="label with this bundle instead of the registry's champion")
     command.add_argument("--split", choices=("train", "validation", "test"), help="of a data set (default: all)")
-    command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
-    command.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_profile(command, "where to run")
+    _add_json(command)
 
 
 def _add_keys(command: argparse.ArgumentParser) -> None:
@@ -178,13 +178,13 @@ def _add_rollout(command: argparse.ArgumentParser) -> None:
             action.add_argument("--why", help="for the audit log")
         if name == "start":
             action.add_argument("--version", help="a number of the registry, or an alias (default: candidate)")
-        action.add_argument("--json", action="store_true", help="print one JSON document")
+        _add_json(action)
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="profile.key=value")
-    command.add_argument("--profile", help="whose storage: a file, or the name of a shipped profile (default: local)")
-    command.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_profile(command, "whose storage")
+    _add_json(command)
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:
@@ -207,10 +207,8 @@ def _add_data(command: argparse.ArgumentParser) -> None:
             action.add_argument("--recipe", help="draw the augmentation of this recipe")
         if name == "verify":
             action.add_argument("--decode", action="store_true", help="decode every image, too")
-        action.add_argument(
-            "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
-        )
-        action.add_argument("--json", action="store_true", help="print one JSON document")
+        _add_profile(action, "whose storage")
+        _add_json(action)
 
 
 def _add_cluster(command: argparse.ArgumentParser) -> None:
@@ -231,7 +229,7 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
             action.add_argument("--cpus", type=int, metavar="N", help="that the node has for Ray (default: its own)")
             action.add_argument("--gpus", type=int, metavar="N", help="the same")
         if name == "status":
-            action.add_argument("--json", action="store_true", help="print one JSON document")
+            _add_json(action)
     text = "write a profile's cluster for KubeRay or for Ray's cluster launcher"
     manifest = actions.add_parser("manifest", help=text, description=f"{text[0].upper()}{text[1:]}.")
     _add_described(manifest, "of a rayjob or a rayservice")
@@ -274,14 +272,20 @@ def _add_runs(command: argparse.ArgumentParser) -> None:
                 "--registered", action="store_true", help="give up registered versions that have no alias, too"
             )
             action.add_argument("--yes", action="store_true", help="delete; without it, nothing is touched")
-        action.add_argument(
-            "--profile", help="whose storage: a file, or the name of a shipped profile (default: local)"
-        )
-        action.add_argument("--json", action="store_true", help="print one JSON document")
+        _add_profile(action, "whose storage")
+        _add_json(action)
 
 
 def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("recipe", nargs=None if required else "?", metavar="RECIPE")
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
-    command.add_argument("--profile", help="where to run: a file, or the name of a shipped profile (default: local)")
+    _add_profile(command, "where to run")
+    _add_json(command)
+
+
+def _add_profile(command: argparse.ArgumentParser, whose: str, default: str = "local") -> None:
+    command.add_argument("--profile", help=f"{whose}: a file, or the name of a shipped profile (default: {default})")
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON document")
