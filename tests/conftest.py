@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,8 @@ MakeRun = Callable[..., Run]
 @pytest.fixture(scope="session")
 def environment() -> Iterator[None]:
     """What the command line would set, also for the commands that tests start."""
+    # Where a shell has started the tests in the background, they and all that they start would ignore it.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     saved = dict(os.environ)
     os.environ.update(session_environment(load_profile("local")))
     # Every Ray worker compiles helio's and Ray's modules anew where this is set.
@@ -30,6 +33,7 @@ def environment() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(saved)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.fixture(scope="session")

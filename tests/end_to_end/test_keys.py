@@ -11,6 +11,7 @@ import pytest
 import requests
 
 from cluster.session import free_ports
+from tests.operations.traffic import eventually
 from tests.serving.conftest import CLASSES, picture
 
 
@@ -84,10 +85,9 @@ def test_a_correction_is_stored_and_the_answer_can_be_traced(url: str, storage: 
     assert ask(url, key, "/v1/feedback", data=None, json=correction).status_code == 201
     wrong = ask(url, key, "/v1/feedback", data=None, json={**correction, "label": "elephant"})
     assert wrong.status_code == 422 and "elephant" in wrong.json()["error"]["message"]
+    # A prediction is in a file a moment after it was answered.
+    eventually(lambda: helio(storage, "trace", answer["request_id"], "--json").returncode == 0)
     found = helio(storage, "trace", answer["request_id"], "--json")
-    while found.returncode != 0:
-        # A prediction is in a file a moment after it was answered.
-        found = helio(storage, "trace", answer["request_id"], "--json")
     told = (answer["model"]["digest"], answer["predictions"][0]["label"], CLASSES[2])
     assert all(word in found.stdout for word in told)
 
@@ -102,8 +102,7 @@ def test_prometheus_hears_of_all_that_was_asked(url: str, storage: Path) -> None
         return sum(float(line.split()[-1]) for line in lines if 'route="/v1/predict"' in line and '"200"' in line)
 
     # Replicas tell once a second.
-    while counted() < 5:
-        pass
+    eventually(lambda: counted() >= 5)
     status = requests.get(f"{url}/v1/status", headers=key, timeout=30).json()
     assert status["replicas"]["running"] >= 1 and status["arms"]["champion"]["requests"] >= 5
 

@@ -57,7 +57,8 @@ async def _ask(
         async def watch() -> None:
             while not done.is_set():
                 response = await pool.request("GET", f"{url}/v1/rollout")
-                if until(json.loads(response.content)):
+                # The actor that says so may be away for a moment.
+                if response.status == 200 and until(json.loads(response.content)):
                     done.set()
                 await asyncio.sleep(0.05)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jobs.data.decode import Pixels
-from serving.batching import QUICK_S, Answer, Batcher, Outputs, batch_sizes
+from serving.batching import Answer, Batcher, Outputs, batch_sizes
 
 
 class HeldModel:
@@ -143,14 +143,15 @@ def ask_at_once(batcher: Batcher, values: Sequence[int]) -> list[Answer | BaseEx
 
 
 @pytest.mark.parametrize(
-    ("in_loop", "takes_s", "wait_s", "here"),
-    [(True, 0.0, 0.0, True), (False, 0.0, 0.0, False), (True, QUICK_S, 0.0, False), (True, 0.0, 0.001, False)],
+    ("in_loop", "quick_s", "wait_s", "here"),
+    [(True, 1.0, 0.0, True), (False, 1.0, 0.0, False), (True, 0.0, 0.0, False), (True, 1.0, 0.001, False)],
     ids=["quick", "not alone", "slow", "waits for company"],
 )
 def test_a_quick_model_that_is_alone_runs_where_its_images_arrive(
-    in_loop: bool, takes_s: float, wait_s: float, here: bool
+    in_loop: bool, quick_s: float, wait_s: float, here: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = NotedModel(takes_s)
+    monkeypatch.setattr("serving.batching.QUICK_S", quick_s)
+    model = NotedModel()
     batcher = Batcher(model.run, (2, 2, 3), 4, wait_s)
     batcher.in_loop = in_loop
     model.threads.clear()
@@ -160,7 +161,10 @@ def test_a_quick_model_that_is_alone_runs_where_its_images_arrive(
     assert {thread == threading.get_ident() for thread in model.threads} == {here}
 
 
-def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_harms_no_other() -> None:
+def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_harms_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
     model = NotedModel()
     batcher = Batcher(model.run, (2, 2, 3), 4)
     batcher.in_loop = True
@@ -171,7 +175,10 @@ def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_ha
     batcher.close()
 
 
-def test_while_another_model_has_the_turn_the_event_loop_goes_on() -> None:
+def test_while_another_model_has_the_turn_the_event_loop_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
     model, turn = NotedModel(), threading.Lock()
     batcher = Batcher(model.run, (2, 2, 3), 4, turn=turn)
     batcher.in_loop = True
@@ -192,6 +199,7 @@ def test_while_another_model_has_the_turn_the_event_loop_goes_on() -> None:
 
 def test_the_event_loop_may_take_what_the_thread_waits_for_company_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.batching.PATIENCE", 30)
+    monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
     model = NotedModel(0.01)
     batcher = Batcher(model.run, (2, 2, 3), 4)
     batcher.in_loop = True
