@@ -6,6 +6,9 @@ What a program or a notebook uses is offered here; it is imported when it is ask
 from typing import TYPE_CHECKING
 
 from cluster.catalog import on_demand
+from cluster.lean import start_lean
+
+start_lean()
 
 if TYPE_CHECKING:
     from cluster.errors import HelioError

@@ -199,6 +199,8 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     os.kill(stage_process(job), signal.SIGKILL)
     read_until("Pre-train: died (exit code -9), begun again where it was (1 of 1)")
     read_steps(began)
+    twice = cluster.helio("resubmit", job, "--profile", profile)
+    assert twice.returncode == 2 and f"run {job} goes on as job {job}, which is running" in twice.stderr
     view = json.loads(cluster.helio("top", "--once", "--json", "--profile", profile).stdout)
     (going,) = (one for one in view["runs"] if one["name"] == job)
     assert (going["state"], going["stage"]) == ("running", "pretrain")

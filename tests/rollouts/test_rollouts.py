@@ -61,7 +61,7 @@ def nothing_is_left_under_way(stage: Stage) -> Iterator[None]:
     ("kind", "reason"),
     [
         ("failing", "more requests fail than of the champion by over 2 %"),
-        ("slow", "more batches are slow than of the champion by over 10 %"),
+        ("slow", "more batches are slow than of the champion by over 30 %"),
         ("shuffled", "the candidate disagrees with the champion on more than 25 % of images"),
     ],
 )

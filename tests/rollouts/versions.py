@@ -11,7 +11,7 @@ from jobs.registry import ModelVersion, Registry
 IMAGE_SIZE = 16
 CLASSES = ["ant", "bee", "cat", "dog"]
 KINDS = ("champion", "twin", "failing", "slow", "shuffled", "broken")
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "min_replicas": 2,
     "max_replicas": 2,
     "max_batch_size": 4,
