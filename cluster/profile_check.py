@@ -43,7 +43,7 @@ class Check:
 def check_command(profile: Profile, as_json: bool, output: "Output") -> int:
     """Print what holds and what does not; 2 when anything does not."""
     checks: list[Check] = []
-    for check in _local(profile) if profile.address is None else _cluster(profile):
+    for check in _cluster(profile) if profile.address or profile.nodes else _local(profile):
         checks.append(check)
         if not as_json:
             line = f"ok      {check.what}" if check.fault is None else f"FAILED  {check.what}: {check.fault}"

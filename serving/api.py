@@ -359,7 +359,7 @@ def _told(scope: Scope) -> Inquiry:
     user = headers.get(b"x-user")
     return Inquiry(
         time.perf_counter(),
-        _VARIABLE.sub(_template, scope["path"]),
+        route_of(scope["path"]),
         headers.get(b"x-request-id", b"").decode("latin-1"),
         secret_of(headers.get(b"authorization", b"").decode("latin-1")),
         None if user is None else user.decode("latin-1"),
@@ -375,8 +375,12 @@ def _about(told: Inquiry) -> dict[str, Any]:
 _VARIABLE = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?|^/page/[^/]+$")
 
 
-def _template(found: re.Match[str]) -> str:
+def route_of(path: str) -> str:
     """Paths of all models and versions, and those of the page's files, are one in the metrics."""
+    return _VARIABLE.sub(_template, path)
+
+
+def _template(found: re.Match[str]) -> str:
     if found[0].startswith("/page/"):
         return "/page/{file}"
     return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")

@@ -19,11 +19,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
-from serving.api import Api, Desk
+from serving.api import Api, Desk, route_of
 from serving.config import ServeConfig
-from serving.gate import replica_environment
+from serving.gate import RequestGate, replica_environment
 from serving.link import Link
-from serving.metrics.families import Snapshot
+from serving.metrics.families import NO_ARM, Snapshot
 from serving.metrics.replica import Metrics
 from serving.models import Shelf
 from serving.open_inference_grpc import InferenceService
@@ -98,6 +98,10 @@ class Predictor(InferenceService):
             self._config.wants_keys,
         )
         self._api = Api(self._arms, self._config, desk, self._shelf)
+        nobody = self._metrics.arm(NO_ARM)
+        RequestGate.tell = lambda path, refusal, seconds: nobody.request(
+            route_of(path), refusal.status, seconds, code=refusal.code
+        )
         # A replica listens for calls on every address, also where the endpoint is at a loopback one.
         super().__init__(
             self._api.v2.call, self._api.v2.call_named, self._config.max_images, local_only=self._config.is_local

@@ -75,10 +75,14 @@ def predict_directly(
 
 
 def ask_endpoint(
-    url: str, images: Sequence[bytes], progress: RunProgress, verify: ssl.SSLContext | None = None
+    url: str,
+    images: Sequence[bytes],
+    progress: RunProgress,
+    verify: ssl.SSLContext | None = None,
+    key: str | None = None,
 ) -> tuple[list[Prediction], list[float]]:
     """The endpoint's answers, one image after the other, and how long each took, ms."""
-    client = Client(url, verify=verify)
+    client = Client(url, verify=verify, key=key)
     answers: list[Prediction] = []
     latencies_ms: list[float] = []
     with progress.task("held-out images", total=len(images), unit="images") as task:

@@ -132,6 +132,7 @@ class Control:
 
     async def follow(self, known: View | None) -> View:
         """What replicas are to do of the roll-out, as soon as it is something else than `known`; or after a while."""
+        self._name_promoted()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FOLLOW_S):
                 while (view := self._director.view) == known:
@@ -188,25 +189,34 @@ class Control:
         return found
 
     def _announce(self) -> None:
-        """Wake those who follow; a promoted candidate is the registry's champion, too."""
+        """Wake those who follow."""
         self._changed.set()
         self._changed = asyncio.Event()
+        self._name_promoted()
+
+    def _name_promoted(self) -> None:
+        """A promoted candidate is the registry's champion, too."""
         promoted = self._director.promoted
         if promoted is not None and promoted.version != self._named:
+            # One that this process has not seen promoted may have been named before it began.
+            is_known = self._named is not None or not ray.get_runtime_context().was_current_actor_reconstructed
             self._named = promoted.version
-            self._naming = asyncio.create_task(self._name_champion(promoted.version))
+            self._naming = asyncio.create_task(self._name_champion(promoted.version, is_known))
 
-    async def _name_champion(self, version: str) -> None:
+    async def _name_champion(self, version: str, is_known: bool) -> None:
         while version == self._named:
             try:
-                await asyncio.to_thread(self._set_champion, version)
+                await asyncio.to_thread(self._set_champion, version, is_known)
                 return
             except Exception:
                 logger.exception("the registry does not take version %s as champion yet", version)
                 await asyncio.sleep(ALIAS_AGAIN_S)
 
-    def _set_champion(self, version: str) -> None:
-        Registry(self._storage).set_alias(self._model, "champion", version)
+    def _set_champion(self, version: str, is_known: bool) -> None:
+        registry = Registry(self._storage)
+        named, before = registry.find(self._model, "champion"), self._director.replaced
+        if is_known or named is None or named.version == before:
+            registry.set_alias(self._model, "champion", version)
 
     def _earlier(self) -> Any:
         with contextlib.suppress(FileNotFoundError):

@@ -13,7 +13,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from errno import EADDRINUSE
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,9 @@ from serving.client import Client, endpoint_url
 from serving.config import APPLICATION, ServeConfig
 from serving.endpoints import announced
 from serving.https import find_certificate, https, notice, trust
+from serving.keys import KeyStore, control_db
 from serving.records.identity import new_request_id
+from serving.rollout.state import HELIO
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+KEY_EXPIRES_S = 3600.0
+"""Also where the stage is killed before it revokes its key."""
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
 
@@ -245,7 +249,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     url = run.cleanup.enter_context(endpoint(run.profile, config, version))
     if note := notice(run.profile, config):
         run.progress.say(f"  {note}")
-    answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress, trust(run.profile))
+    with check_key(run.storage, config, version.model) as key:
+        answers, latencies_ms = check.ask_endpoint(url, held_out.images, run.progress, trust(run.profile), key)
     difference = check.largest_difference(answers, expected, dataset.classes, version)
     check.write_predictions(run.directory / "predictions.parquet", held_out, answers)
     found = {
@@ -261,6 +266,20 @@ def run_stage(run: Run) -> dict[str, Any]:
         f"{found['latency_ms_median']:g} ms each, and differs from the bundle by {difference:.1g} at most"
     )
     return found
+
+
+@contextmanager
+def check_key(storage: Path, config: ServeConfig, model: str) -> Iterator[str | None]:
+    """A key for the stage's own questions, which is revoked after them; None where the endpoint wants none."""
+    if not config.wants_keys:
+        yield None
+        return
+    with closing(KeyStore(control_db(storage, model))) as store:
+        key, secret = store.create("check of the deploy stage", HELIO, ["predict"], time.time() + KEY_EXPIRES_S)
+        try:
+            yield secret
+        finally:
+            store.revoke(key.id, HELIO, "the check is over")
 
 
 def exported_version(run: Run) -> ModelVersion:

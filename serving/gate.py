@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import re
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -47,6 +49,10 @@ REQUEST_ID = re.compile(b"[!-~]{1,200}")
 class RequestGate:
     """ASGI middleware: bounds what a request may send and how long that may take; makes Serve's own refusals JSON."""
 
+    tell: ClassVar[Callable[[str, Refusal, float], None]] = staticmethod(lambda path, refusal, seconds: None)
+    """Called with each request that the application does not see: its path, why, and how long that took. Serve makes
+    the gate by itself; who counts is set in the replica's process."""
+
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float, most_held: int) -> None:
         """At most `most_held` bytes are kept of all bodies together, and what each connection sends at once."""
         self._app, self._max_bytes, self._timeout_s, self._most_held = app, max_bytes, timeout_s, most_held
@@ -62,6 +68,11 @@ class RequestGate:
         sent = dict(scope["headers"])
         _set_own_headers(scope, sent)
         body: list[bytes] = []
+        began = time.perf_counter()
+
+        def tell(refusal: Refusal) -> None:
+            RequestGate.tell(scope["path"], refusal, time.perf_counter() - began)
+
         try:
             cycle = _cycle_of(send)
             await self._take_in(sent, receive, body, has_arrived=cycle is not None and not cycle.more_body)
@@ -69,9 +80,10 @@ class RequestGate:
             if cycle is not None and scope["method"] != "HEAD":
                 cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
             scope[BODY] = body[0]
-            await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send))
+            await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send, tell))
         except Refusal as error:
             self._let_go(body)
+            tell(error)
             await refuse(send, error, scope, None if error.status == 408 else receive)
         except ClientDisconnect:
             pass
@@ -205,7 +217,7 @@ async def refuse(send: Send, refusal: Refusal, scope: Scope, rest: Receive | Non
     await send({"type": f"{kind}.body", "body": b""})
 
 
-def _overload_in_json(scope: Scope, send: Send) -> Send:
+def _overload_in_json(scope: Scope, send: Send, tell: Callable[[Refusal], None]) -> Send:
     """Serve's own answer of a full queue is plain text; ours is JSON like every other error."""
     body: bytes | None = None
 
@@ -214,7 +226,9 @@ def _overload_in_json(scope: Scope, send: Send) -> Send:
         if message["type"] == "http.response.start" and message["status"] == 503:
             headers = Headers(raw=message["headers"])
             if headers.get("content-type", "").startswith("text/plain"):
-                body = json.dumps(error_form(scope["path"], _overloaded())).encode()
+                refusal = _overloaded()
+                tell(refusal)
+                body = json.dumps(error_form(scope["path"], refusal)).encode()
                 kept = [h for h in message["headers"] if h[0].lower() not in (b"content-type", b"content-length")]
                 own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
                 message = {**message, "headers": [*kept, *own]}

@@ -38,7 +38,7 @@ ROUTES = frozenset(
         "/v2/models/{name}/versions/{version}/ready",
     }
 )
-STATUSES = frozenset({200, 201, 304, 400, 401, 403, 404, 405, 409, 413, 415, 422, 429, 500, 503, 504})
+STATUSES = frozenset({200, 201, 304, 400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 503, 504})
 CODES = frozenset(
     {
         "bad_request",

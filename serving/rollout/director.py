@@ -101,6 +101,11 @@ class Director:
         """The candidate that this endpoint has made its champion, if any."""
         return self.champion if self._here is not None and self._here.ended == "promoted" else None
 
+    @property
+    def replaced(self) -> str | None:
+        """The version in whose place it was put."""
+        return self._here.champion.version if self._here is not None else None
+
     def hear(self, replica: str, told: Told, live: Collection[str]) -> None:
         """Take in what a replica tells; `live` are all replicas that there are."""
         rollout = self._here

@@ -11,6 +11,8 @@ import pytest
 import requests
 
 from cluster.session import free_ports
+from serving.config import ServeConfig
+from serving.endpoint import check_key
 from tests.operations.traffic import eventually
 from tests.serving.conftest import CLASSES, picture
 
@@ -65,6 +67,13 @@ def test_only_a_good_key_gets_in(url: str, storage: Path) -> None:
     assert revoked.returncode == 0, revoked.stderr
     assert ask(url, key).json()["error"]["code"] == "revoked_key"
     assert "revoked" in helio(storage, "keys", "list", "tiny").stdout
+
+
+def test_the_deploy_stage_has_a_key_for_its_own_questions_alone(url: str, storage: Path) -> None:
+    with check_key(storage, ServeConfig(keys="required"), "tiny") as secret:
+        header = {"Authorization": f"Bearer {secret}"}
+        assert ask(url, header).status_code == 200
+    assert ask(url, header).json()["error"]["code"] == "revoked_key"
 
 
 def test_a_quota_counts_images_whatever_carries_them(url: str, storage: Path) -> None:

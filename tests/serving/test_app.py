@@ -21,6 +21,7 @@ from jobs.registry import ModelVersion
 from serving.client import Client
 from serving.config import APPLICATION
 from serving.gate import LEAST_GRPC_BYTES
+from tests.operations.traffic import eventually
 from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture, triton_client
 
 
@@ -276,6 +277,9 @@ def test_other_paths_and_queries_answer_in_json(url: str) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (400, "bad_request")
 
 
+REFUSED = re.compile(r'helio_requests_total\{arm="none",.*route="/v1/predict",status="503"')
+
+
 def test_a_full_queue_is_answered_at_once_and_then_replicas_are_added(url: str) -> None:
     """The deployment begins with one replica of four slots and four places to wait, and may have two."""
 
@@ -285,12 +289,18 @@ def test_a_full_queue_is_answered_at_once_and_then_replicas_are_added(url: str) 
         code = response.json()["error"]["code"] if response.status_code != 200 else ""
         return response.status_code, time.monotonic() - started, code
 
+    def refused() -> float:
+        text = requests.get(f"{url}/metrics", timeout=30).text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if REFUSED.match(line))
+
+    before = refused()
     with concurrent.futures.ThreadPoolExecutor(60) as pool:
         answers = list(pool.map(ask, range(200)))
         counts = Counter((status, code) for status, _, code in answers)
         assert set(counts) == {(200, ""), (503, "overloaded")}, counts
         assert counts[200, ""] >= 8
         assert max(seconds for _, seconds, _ in answers) < 10
+        eventually(lambda: refused() == before + counts[503, "overloaded"])
 
         deadline = time.monotonic() + 60
         while replicas() < 2:
