@@ -1,7 +1,6 @@
 """What a job prints, until its end, whatever becomes of the connection on the way."""
 
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cluster import submission
@@ -20,14 +19,19 @@ def follow(dashboard: submission.Reached, job: str, output: Output, own: bool = 
     Where the connection breaks, it goes on behind what is printed. With `own`, what Ray says of the job's start is left
     out. Raises HelioError where the cluster cannot be reached for long.
     """
-    printer = _Printer(output, own)
+    printer, broken = _Printer(output, own), None
     while True:
         # What it has printed before it ended is all there is.
         is_over = _details(dashboard, job).status.is_terminal()
-        with suppress(HelioError):
-            submission.tail(dashboard, job, printer.show)
+        try:
+            for text in submission.texts(dashboard, job):
+                broken = None if printer.show(text) else broken
             if is_over or _details(dashboard, job).status.is_terminal():
                 return _details(dashboard, job)
+        except HelioError:
+            broken = broken or time.monotonic()
+            if time.monotonic() - broken > submission.PATIENCE_S:
+                raise
         printer.begin_again()
         time.sleep(submission.POLL_S)
 
@@ -48,13 +52,16 @@ class _Printer:
         self._start: str | None = "" if self._own else None
         self._read = 0
 
-    def show(self, text: str) -> None:
+    def show(self, text: str) -> bool:
+        """Whether anything of it is new."""
         if self._start is not None:
             self._start += text
             _, end, text = self._start.partition(ENTRYPOINT)[2].partition("\n")
             if not end:
-                return
+                return False
             self._start = None
-        print(text[max(0, self._printed - self._read) :], end="", file=self._output.results, flush=True)
+        new = text[max(0, self._printed - self._read) :]
+        print(new, end="", file=self._output.results, flush=True)
         self._read += len(text)
         self._printed = max(self._printed, self._read)
+        return bool(new)

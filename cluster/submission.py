@@ -12,7 +12,7 @@ import secrets
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -253,26 +253,25 @@ def exit_code(job: "JobDetails") -> int:
     return 0 if job.status.value == "SUCCEEDED" else job.driver_exit_code or 1
 
 
-def tail(dashboard: Reached, job: str, show: Callable[[str], object]) -> None:
-    """Hand over what a job has printed, and what it prints, until it ends or the connection breaks.
+def texts(dashboard: Reached, job: str) -> Iterator[str]:
+    """What a job has printed, and what it prints, until it ends or the connection breaks. Raises HelioError.
 
     A job that says nothing is asked for now and then: a machine that is gone closes no connection.
     """
     import asyncio
 
-    async def hear() -> None:
-        texts = dashboard.jobs.tail_job_logs(job)
-        while True:
-            coming = asyncio.ensure_future(anext(texts, None))
-            while not (await asyncio.wait({coming}, timeout=QUIET_S))[0]:
-                if (await asyncio.to_thread(details, dashboard, job)).status.is_terminal():
-                    coming.cancel()
-                    return
-            if (text := coming.result()) is None:
-                return
-            show(text)
+    async def hear() -> str | None:
+        coming = asyncio.ensure_future(anext(told, None))
+        while not (await asyncio.wait({coming}, timeout=QUIET_S))[0]:
+            if (await asyncio.to_thread(details, dashboard, job)).status.is_terminal():
+                coming.cancel()
+                return None
+        return coming.result()
 
-    _asked(dashboard, lambda: asyncio.run(hear()))
+    with asyncio.Runner() as runner:
+        told = dashboard.jobs.tail_job_logs(job)
+        while (text := _asked(dashboard, lambda: runner.run(hear()))) is not None:
+            yield text
 
 
 def printed(dashboard: Reached, job: str) -> str:
