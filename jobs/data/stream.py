@@ -1,7 +1,7 @@
 """Augmented images from shards into a training worker, by Ray Data, without ever holding the set.
 
 Each worker runs one pipeline over the rows that it has still to take: a task reads a run of them, decodes and augments
-them, and hands over uint8; tasks run on whatever node has room, a bounded number ahead of the step.
+them, and hands over uint8; tasks run beside the worker, or where there is room, a bounded number ahead of the step.
 Images are uint8 [batch, view, height, width, channel], labels int32 [batch]. Local views are smaller ones of a part of
 the image, in an array of their own.
 """
@@ -148,6 +148,9 @@ class TrainStream:
             num_cpus=self.resources.cpus_per_task,
             # Some are ready for an actor at any time, so that it need not wait for Ray Data's loop.
             compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=4),
+            # Beside the worker as far as there is room: what they make need not cross the network.
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            fallback_strategy=[{"label_selector": {}}],
         )
         tables = iter(pipeline.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
         yield from self._batches(tables, size)
