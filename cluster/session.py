@@ -200,6 +200,10 @@ def _check_open_ray(profile: Profile) -> None:
 def _connect(profile: Profile, environment: Mapping[str, str]) -> None:
     import ray
 
+    # Ray has read the environment when it was imported, which may have been before it was set.
+    raylet: Any = ray._raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
     in_main_thread = threading.current_thread() is threading.main_thread()
     terminate = signal.getsignal(signal.SIGTERM)
     if profile.address is None:
@@ -223,8 +227,10 @@ def _connect(profile: Profile, environment: Mapping[str, str]) -> None:
         try:
             ray.init(address=profile.address, runtime_env={"env_vars": dict(environment)}, log_to_driver=True)
         except (ConnectionError, RuntimeError, ValueError) as error:
+            token = ", or it does not take the token here" if profile.auth_mode == "token" else ""
+            reason = str(error).splitlines()[0]
             raise HelioError(
-                f"profile {profile.name}: no Ray cluster answers at {profile.address} ({str(error).splitlines()[0]})"
+                f"profile {profile.name}: no Ray cluster answers at {profile.address}{token} ({reason})"
             ) from None
     _keep_late_words()
     if in_main_thread:

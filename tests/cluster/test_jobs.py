@@ -378,6 +378,12 @@ def test_a_job_ends_with_the_exit_code_of_home(cluster: Cluster) -> None:
     assert "/nowhere" in done.stdout
 
 
+def test_a_command_on_a_node_works_on_the_cluster(cluster: Cluster) -> None:
+    done = cluster.helio("ingest", "quickstart", "--name", "here", "--profile", cluster.profile())
+    assert done.returncode == 0, done.stderr
+    assert "1,797 read = 1,797 written" in done.stdout + done.stderr
+
+
 GPUS = {"train": {"workers": 8, "cpus_per_worker": 0.01, "gpus_per_worker": 1}, "data": {"cpus_per_task": 0.01}}
 REFUSED = {
     "no dashboard": ({"dashboard": None}, [], {}, "has no dashboard"),
