@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.errors import DataError, HelioError
+from cluster.location import Location
 from jobs.bundle import Bundle, LoadedBundle
 from jobs.data.dataset import REJECTED_SCHEMA, image_id
 from jobs.data.decode import Pixels, decode_to_size
-from jobs.data.location import Location
 from jobs.data.sources.contract import Part
 from jobs.training.device import set_up_tensorflow
 

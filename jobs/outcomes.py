@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cluster.location import Location
 from cluster.recipe import Recipe
 from cluster.run import Run
 from jobs.charts import Chart, learning_curves, search_chart
 from jobs.data.dataset import Dataset
-from jobs.data.location import Location
 from jobs.evaluation.cells import ARMS, METHODS
 from jobs.evaluation.metrics import better
 from jobs.evaluation.page import evaluation_chart

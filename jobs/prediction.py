@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import ray
 
 from cluster.errors import CapacityError, DataError, HelioError
+from cluster.location import Location, ReadError
 from cluster.metrics import Metrics
 from cluster.plan import log_file, preflight
 from cluster.profile import Profile
@@ -38,7 +39,6 @@ from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
 from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.difference import unreadable
-from jobs.data.location import Location, ReadError
 from jobs.data.sources.contract import Part, Record
 from jobs.data.sources.open import open_source
 from jobs.data.tasks import list_lazily

@@ -17,8 +17,8 @@ import pytest
 import requests
 from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
+from cluster.location import Location
 from cluster.session import free_ports
-from jobs.data.location import Location
 
 BUCKET = "helio-tests"
 

@@ -19,11 +19,11 @@ import pytest
 import ray
 
 from cluster.errors import DataError
+from cluster.location import Location
 from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from jobs.bundle import Bundle
 from jobs.data.dataset import SPLITS, Dataset
-from jobs.data.location import Location
 from jobs.data.sources.contract import Part
 from jobs.data.sources.folder import FolderSource
 from jobs.prediction import ShardPart, dataset_parts, predict_parts

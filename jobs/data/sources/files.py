@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from jobs.data.location import Location, ReadError
+from cluster.location import Location, ReadError
 from jobs.data.sources.contract import Record
 
 PART_FILES = 4096

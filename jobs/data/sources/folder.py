@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.errors import DataError
-from jobs.data.location import Entry, Location, printable, reason_of
+from cluster.location import Entry, Location, printable, reason_of
 from jobs.data.sources.columns import SPLIT_NAMES
 from jobs.data.sources.contract import Part
 from jobs.data.sources.files import ImageFile, gather

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.location import Location, ReadError, printable
 from jobs.data.config import DataConfig
-from jobs.data.location import Location, ReadError, printable
 from jobs.data.sources.columns import PATH_NAMES, Columns, as_text, facts, find_columns, is_multi_label
 from jobs.data.sources.contract import Part
 from jobs.data.sources.files import ImageFile, ahead, gather

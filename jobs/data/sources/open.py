@@ -4,8 +4,8 @@ import itertools
 from pathlib import Path
 
 from cluster.errors import DataError
+from cluster.location import Location
 from jobs.data.config import DataConfig
-from jobs.data.location import Location
 from jobs.data.sources.contract import Source
 from jobs.data.sources.folder import MISSING, FolderSource
 from jobs.data.sources.sample import open_sample

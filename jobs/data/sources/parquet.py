@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.location import Location
 from jobs.data.config import DataConfig
-from jobs.data.location import Location
 from jobs.data.sources.columns import Columns, facts, find_columns, is_multi_label, record
 from jobs.data.sources.contract import Part, Record
 from jobs.data.sources.files import PART_BYTES, PART_FILES, identity

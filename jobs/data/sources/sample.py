@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from cluster.errors import DataError
+from cluster.location import Location
 from cluster.schema import nearest
-from jobs.data.location import Location
 from jobs.data.sources.folder import FolderSource
 
 SAMPLES = ("digits",)

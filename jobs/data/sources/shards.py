@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cluster.errors import DataError
-from jobs.data.location import Entry, Info, Location, ReadError, reason_of
+from cluster.location import Entry, Info, Location, ReadError, reason_of
 from jobs.data.sources.columns import split_of_name
 
 SHARD_NAMES = {

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import google_crc32c
 
 from cluster.errors import DataError
+from cluster.location import Location
 from jobs.data.config import DataConfig
-from jobs.data.location import Location
 from jobs.data.sources.columns import Columns, facts, find_columns, is_multi_label, record
 from jobs.data.sources.contract import Part, Record
 from jobs.data.sources.files import identity

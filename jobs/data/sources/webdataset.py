@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import DataError
+from cluster.location import Location, printable
 from cluster.schema import nearest
 from jobs.data.config import DataConfig
-from jobs.data.location import Location, printable
 from jobs.data.sources.columns import LABEL_NAMES, SPLIT_COLUMN_NAMES, Columns, Facts, facts, is_multi_label, record
 from jobs.data.sources.contract import Part, Record
 from jobs.data.sources.files import identity

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pyarrow.fs as pafs
 import requests
 
-from jobs.data.location import Entry, Info, Store, buffered
+from cluster.location import Entry, Info, Store, buffered
 
 READ_BYTES = 2**22
 """One request reads this much: larger than most images, small against a shard."""
@@ -96,7 +96,7 @@ class GoogleBucket(Bucket):
                 query["pageToken"] = page["nextPageToken"]
 
     def _session(self) -> requests.Session:
-        from jobs.data.web import with_retries
+        from cluster.web import with_retries
 
         if self._anonymous:
             return with_retries(requests.Session())

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import DataError
+from cluster.location import Location, ReadError
 from cluster.session import free_ports
-from jobs.data.location import Location, ReadError
 from tests.contracts.stores import BUCKET, Place, QuietHandler, gs, place, s3, web_server
 
 __all__ = ["gs", "place", "s3"]

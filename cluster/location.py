@@ -1,7 +1,7 @@
 """Where data lies: a path on a disk that every worker sees, `s3://`, `gs://`, or one file over `http(s)://`.
 
 A Location is only the reference, cheap to pickle; what reads it is opened in the process that uses it, once for each
-bucket or server. Credentials come from the usual environment (`jobs.data.buckets`). Every failure is a ReadError, one
+bucket or server. Credentials come from the usual environment (`cluster.buckets`). Every failure is a ReadError, one
 line, whatever library it came from.
 """
 
@@ -266,11 +266,11 @@ def _open_store(store: str) -> Store:
     """One for each bucket or server in a process: connections and credentials are kept. Raises OSError."""
     scheme, _, server = store.partition("://")
     if scheme in ("s3", "gs"):
-        from jobs.data.buckets import open_bucket
+        from cluster.buckets import open_bucket
 
         return open_bucket(scheme, server)
     if scheme:
-        from jobs.data.web import Web
+        from cluster.web import Web
 
         return Web(store)
     return Disk()

@@ -10,7 +10,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
-from jobs.data.location import Entry, Info, buffered
+from cluster.location import Entry, Info, buffered
 
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
