@@ -5,22 +5,35 @@ AWS_ENDPOINT_URL_S3). Google: GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_H
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 import requests
 
-from cluster.location import Entry, Info, Store, buffered
+from cluster.location import Entry, Info, buffered
 
 READ_BYTES = 2**22
 """One request reads this much: larger than most images, small against a shard."""
+PIECE_BYTES = 2**23
+"""What is held in memory of a file on its way up or down."""
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
 S3_ATTEMPTS = 5
 GOOGLE_RETRY_S = 30
+
+
+class Stamp(NamedTuple):
+    """What tells one version of an object from another."""
+
+    size: int
+    """Bytes."""
+    seconds: int
+    """When it was written, Unix. Some stores tell no more than the second."""
 
 
 class Bucket:
@@ -54,6 +67,62 @@ class Bucket:
         # Otherwise pyarrow would compress what is named *.gz.
         with self._filesystem.open_output_stream(self._inside(path), compression=None) as stream:
             stream.write(data)
+
+    def stamp(self, path: str) -> Stamp | None:
+        """Of an object; None where there is none of this name."""
+        found = self._filesystem.get_file_info(self._inside(path))
+        return _stamp(found) if found.is_file else None
+
+    def stamps(self, path: str) -> dict[str, Stamp]:
+        """Of the object of this name, as "", or of all objects below it, by their relative names."""
+        inside = self._inside(path)
+        if path and (own := self.stamp(path)) is not None:
+            return {"": own}
+        below = pafs.FileSelector(inside, recursive=True, allow_not_found=True)
+        return {
+            found.path[len(inside) + 1 :]: _stamp(found)
+            for found in self._filesystem.get_file_info(below)
+            if found.is_file
+        }
+
+    def put(self, source: Path, size: int, path: str) -> Stamp:
+        """Upload the first `size` bytes of a file, piece by piece: the object appears with the last one."""
+        with (
+            source.open("rb") as file,
+            self._filesystem.open_output_stream(self._inside(path), compression=None) as stream,
+        ):
+            while piece := file.read(min(PIECE_BYTES, size - file.tell())):
+                stream.write(piece)
+        return self._require(path)
+
+    def get(self, path: str, target: Path) -> Stamp:
+        """Download an object into a file, piece by piece."""
+        while True:
+            before = self._require(path)
+            with self._filesystem.open_input_file(self._inside(path)) as stream, target.open("wb") as file:
+                shutil.copyfileobj(stream, file, PIECE_BYTES)
+            after = self._require(path)
+            if before == after and target.stat().st_size == after.size:
+                return after
+
+    def delete(self, path: str, first: list[str], others: list[str]) -> None:
+        """Delete the objects of these names below `path`, or, for "", the one that it names itself."""
+        for name in first:
+            self._filesystem.delete_file(self._below(path, name))
+        if "" in others:
+            self._filesystem.delete_file(self._inside(path))
+        elif others:
+            # A thousand with each request.
+            self._filesystem.delete_dir(self._inside(path))
+
+    def _below(self, path: str, name: str) -> str:
+        return f"{self._inside(path)}/{name}" if name else self._inside(path)
+
+    def _require(self, path: str) -> Stamp:
+        stamp = self.stamp(path)
+        if stamp is None:
+            raise FileNotFoundError(path)
+        return stamp
 
     def _inside(self, path: str) -> str:
         return f"{self._bucket}/{path}" if path else self._bucket
@@ -95,6 +164,11 @@ class GoogleBucket(Bucket):
                     return
                 query["pageToken"] = page["nextPageToken"]
 
+    def delete(self, path: str, first: list[str], others: list[str]) -> None:
+        """One by one: pyarrow deletes no folder that has no object of its own."""
+        for name in (*first, *others):
+            self._filesystem.delete_file(self._below(path, name))
+
     def _session(self) -> requests.Session:
         from cluster.web import with_retries
 
@@ -113,7 +187,7 @@ class GoogleBucket(Bucket):
         return with_retries(AuthorizedSession(credentials))
 
 
-def open_bucket(scheme: str, server: str) -> Store:
+def open_bucket(scheme: str, server: str) -> Bucket:
     """The bucket that `s3://<server>` or `gs://<server>` names. Raises OSError."""
     user, _, bucket = server.rpartition("@")
     if scheme == "gs":
@@ -131,6 +205,10 @@ def open_bucket(scheme: str, server: str) -> Store:
             connect_timeout=CONNECT_TIMEOUT_S,
             request_timeout=READ_TIMEOUT_S,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+            # What is written in the background waits in memory, however much it is.
+            background_writes=False,
+            # What fits into one request is written by one, not by three.
+            allow_delayed_open=True,
         ),
         bucket,
     )
@@ -140,3 +218,7 @@ def _info(found: "pafs.FileInfo") -> Info:
     if found.type is pafs.FileType.Directory:
         return Info(True, 0, "")
     return Info(False, found.size, str(found.mtime_ns))
+
+
+def _stamp(found: "pafs.FileInfo") -> Stamp:
+    return Stamp(found.size, found.mtime_ns // 10**9)

@@ -4,6 +4,7 @@ import http.server
 import pickle
 from pathlib import Path
 
+import boto3
 import pytest
 
 from cluster.errors import DataError
@@ -77,6 +78,7 @@ def test_a_bucket_that_is_not_there_is_named(request: pytest.FixtureRequest, sch
 
 def test_a_public_bucket_is_asked_without_credentials(s3: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Location.parse(f"s3://{BUCKET}/public").write_bytes(b"x")
+    boto3.client("s3").put_object_acl(Bucket=BUCKET, Key="public", ACL="public-read")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert Location.parse(f"s3://anonymous@{BUCKET}/public").read_bytes() == b"x"
