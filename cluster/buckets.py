@@ -85,12 +85,10 @@ class Bucket:
             if found.is_file
         }
 
-    def put(self, source: Path, size: int, path: str) -> Stamp:
+    def put(self, file: BinaryIO, size: int, path: str) -> Stamp:
         """Upload the first `size` bytes of a file, piece by piece: the object appears with the last one."""
-        with (
-            source.open("rb") as file,
-            self._filesystem.open_output_stream(self._inside(path), compression=None) as stream,
-        ):
+        file.seek(0)
+        with self._filesystem.open_output_stream(self._inside(path), compression=None) as stream:
             while piece := file.read(min(PIECE_BYTES, size - file.tell())):
                 stream.write(piece)
         return self._require(path)

@@ -21,11 +21,13 @@ def open_database(path: Path) -> Path:
     """The file to open for the database at `path`; it may not be there yet. Raises StorageError."""
     if not is_mirrored(path):
         return path
-    own, before = _own(path), _version(path)
-    if fetch(path) and (_version(path) != before or not own.exists()):
+    own, taken = _own(path), _taken(path)
+    if fetch(path):
         with alone(own):
-            # Into the file that others may have open, and not in its place.
-            _copy(path, own)
+            if not (own.exists() and taken.exists() and taken.samefile(path)):
+                # Into the file that others may have open, and not in its place.
+                _copy(path, own)
+                _take(path)
     return own
 
 
@@ -43,17 +45,31 @@ def publish_database(path: Path) -> None:
                 one.execute("PRAGMA journal_mode=DELETE")
             if not path.exists() or not filecmp.cmp(copy, path, shallow=False):
                 copy.replace(path)
+                _take(path)
                 publish(path)
         finally:
             forget(copy)
+
+
+def publish_databases(directory: Path) -> None:
+    """The same of all databases that lie directly in a directory. Raises StorageError."""
+    if is_mirrored(directory):
+        for own in sorted(directory.glob(".*.db")):
+            publish_database(own.with_name(own.name.removeprefix(".")))
 
 
 def _own(path: Path) -> Path:
     return path.with_name(f".{path.name}")
 
 
-def _version(path: Path) -> tuple[int, int] | None:
-    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+def _taken(path: Path) -> Path:
+    """Another name of the copy that was taken up last: what is fetched later has a file of its own."""
+    return path.with_name(f".{path.name}.taken")
+
+
+def _take(path: Path) -> None:
+    forget(_taken(path))
+    os.link(path, _taken(path))
 
 
 def _copy(source: Path, target: Path) -> None:

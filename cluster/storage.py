@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from cluster.errors import HelioError
-from cluster.location import reason_of
+from cluster.location import Entry, reason_of
 
 if TYPE_CHECKING:
     from cluster.buckets import Bucket, Stamp
@@ -65,8 +65,14 @@ def mirror_of(uri: str) -> Path:
     return Path(os.environ.get(VARIABLE) or PARENT, COMPONENT, scheme, rest)
 
 
-def reference(path: Path) -> str:
-    """The URI that a path stands for; a path of a directory that all nodes see as it is."""
+def local(place: Path | str) -> Path:
+    """The path on this machine of what is named by a path, or by the URI of something in a storage in a bucket."""
+    uri = name_of(Path(place)) if isinstance(place, Path) or "://" not in place else place
+    return mirror_of(uri) if uri.startswith(("s3://", "gs://")) else Path(place)
+
+
+def name_of(path: Path) -> str:
+    """What a path is called on every machine: the URI that it stands for, or itself."""
     found = _MIRRORED.fullmatch(str(path))
     return f"{found[2]}://{found[3]}/{found[4] or ''}".rstrip("/") if found else str(path)
 
@@ -134,12 +140,36 @@ def forget(path: Path) -> None:
 
 def sizes(path: Path) -> dict[Path, int]:
     """The bytes of every file below a directory, without any of their content. Raises StorageError."""
-    found = {file: file.stat().st_size for _, file in _files(path)}
+    found = {}
+    for _, file in _files(path):
+        with suppress(FileNotFoundError):
+            found[file] = file.stat().st_size
     if is_mirrored(path):
         bucket, key = _opened(path)
         stamps = _answer(path, "read", lambda: bucket.stamps(key))
         found |= {path / name: stamp.size for name, stamp in stamps.items() if _is_open(name)}
     return found
+
+
+def entries(path: Path) -> dict[str, bool]:
+    """What lies in a directory, without what is hidden: whether it is a directory, too, by name, sorted.
+
+    Raises OSError, StorageError.
+    """
+    found: dict[str, bool] = {}
+    with suppress(FileNotFoundError), os.scandir(path) as here:
+        found |= {one.name: one.is_dir() for one in here if _is_open(one.name)}
+    if is_mirrored(path):
+        bucket, key = _opened(path)
+
+        def listed() -> list["Entry"]:
+            try:
+                return list(bucket.entries(key))
+            except FileNotFoundError:
+                return []
+
+        found |= {one.name: one.is_folder for one in _answer(path, "read", listed) if _is_open(one.name)}
+    return dict(sorted(found.items()))
 
 
 def open_input(path: Path) -> BinaryIO:
@@ -150,12 +180,12 @@ def open_input(path: Path) -> BinaryIO:
     return _answer(path, "read", lambda: bucket.open_input(key))
 
 
-def fault(path: Path) -> str | None:
+def write_fault(path: Path) -> str | None:
     """Why nothing can be kept in a storage, which is made where it is a directory that is not there; None where it can.
 
     In a bucket a small object is written, read and deleted.
     """
-    probe = path / f"check-{os.getpid()}-{time.time_ns()}"
+    probe = path / f".check-{os.getpid()}-{time.time_ns()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe.write_text("helio")
@@ -176,32 +206,29 @@ def matching(*patterns: str) -> Callable[[str], bool]:
     return lambda name: re.fullmatch(text, name) is not None
 
 
-def _upload(file: Path) -> None:
-    bucket, key = _opened(file)
+def _upload(path: Path) -> None:
+    bucket, key = _opened(path)
+    # What was deleted meanwhile is not there any more; what has taken its place is not what goes up.
+    with suppress(FileNotFoundError), path.open("rb") as file:
 
-    def put() -> tuple[os.stat_result, "Stamp"]:
-        there = bucket.stamp(key)
-        while True:
-            before = file.stat()
-            stamp = bucket.put(file, before.st_size, key)
-            if stamp != there:
-                return before, stamp
-            # Whoever has seen the version before would take this one for the same.
-            time.sleep(1.0)
+        def put() -> tuple[os.stat_result, "Stamp"]:
+            there = bucket.stamp(key)
+            while True:
+                before = os.fstat(file.fileno())
+                stamp = bucket.put(file, before.st_size, key)
+                if stamp != there:
+                    return before, stamp
+                # Whoever has seen the version before would take this one for the same.
+                time.sleep(1.0)
 
-    before, stamp = _answer(file, "written", put)
-    if stamp.size != before.st_size:
-        raise StorageError(f"{reference(file)} cannot be written: the store has {stamp.size:,} bytes of it")
-    _stamp(file, stamp, before)
-
-
-def _stamp(file: Path, stamp: "Stamp", before: os.stat_result) -> None:
-    """Note that a file is in step, unless it was changed since `before`."""
-    now = file.stat()
-    if (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size):
-        os.utime(file, (stamp.seconds, stamp.seconds))
-        if file.stat().st_size != before.st_size:
-            os.utime(file)
+        before, stamp = _answer(path, "written", put)
+        if stamp.size != before.st_size:
+            raise StorageError(f"{name_of(path)} cannot be written: the store has {stamp.size:,} bytes of it")
+        now = os.fstat(file.fileno())
+        if (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size):
+            os.utime(file.fileno(), (stamp.seconds, stamp.seconds))
+            if os.fstat(file.fileno()).st_size != before.st_size:
+                os.utime(file.fileno())
 
 
 def _download(files: list[Path]) -> None:
@@ -256,7 +283,10 @@ def _is_open(name: str) -> bool:
 
 
 def _is_changed(file: Path) -> bool:
-    return file.stat().st_mtime_ns % 10**9 != 0
+    try:
+        return file.stat().st_mtime_ns % 10**9 != 0
+    except FileNotFoundError:
+        return False
 
 
 def _is_here(file: Path, stamp: "Stamp") -> bool:
@@ -292,7 +322,7 @@ def _answer(path: Path, what: str, ask: Callable[[], T]) -> T:
             reason, wait_s = reason_of(error), next(waits_s, None)
             final = error.errno in _OWN_DISK or any(text in reason for text in _FINAL)
             if final or wait_s is None:
-                raise StorageError(f"{reference(path)} cannot be {what}: {reason}") from None
+                raise StorageError(f"{name_of(path)} cannot be {what}: {reason}") from None
         time.sleep(wait_s)
 
 

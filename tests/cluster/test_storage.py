@@ -16,7 +16,7 @@ from cluster import buckets, storage
 from cluster.errors import HelioError
 from cluster.session import free_ports
 from cluster.sqlite import open_database, publish_database
-from cluster.storage import fetch, matching, mirror_of, publish, reference, remove, sizes
+from cluster.storage import fetch, matching, mirror_of, name_of, publish, remove, sizes
 from tests.contracts.stores import BUCKET, gs, s3
 
 __all__ = ["gs", "s3"]
@@ -84,7 +84,7 @@ def test_parts_are_fetched_sized_and_read_without_the_rest(node: Node) -> None:
         stream.seek(998)
         assert stream.read() == b"33"
     assert not (other / "runs/x/pretrain").exists()
-    assert reference(other / "runs").endswith("/runs") and reference(other / "runs").startswith(f"s3://{BUCKET}/")
+    assert name_of(other / "runs").endswith("/runs") and name_of(other / "runs").startswith(f"s3://{BUCKET}/")
 
 
 def test_an_object_that_changes_within_a_second_is_told_from_the_one_before(node: Node) -> None:
@@ -102,7 +102,7 @@ def test_a_directory_that_all_nodes_see_is_left_alone(tmp_path: Path, monkeypatc
     publish(tmp_path)
     assert fetch(tmp_path / "a") and not fetch(tmp_path / "b") and sizes(tmp_path) == {tmp_path / "a": 1}
     remove(tmp_path / "a")
-    assert reference(tmp_path) == str(tmp_path) and not (tmp_path / "a").exists()
+    assert name_of(tmp_path) == str(tmp_path) and not (tmp_path / "a").exists()
 
 
 MOVE = """
@@ -172,8 +172,8 @@ def test_a_bucket_that_does_not_answer_is_asked_again_and_then_told_of_in_one_li
         publish(away / "a")
     assert time.monotonic() - began > 0.2
     monkeypatch.undo()
-    assert storage.fault(mirror_of(f"s3://no-such-bucket/{one.name}")) == "there is no such bucket"
-    assert storage.fault(one) is None and sizes(one) == {}
+    assert storage.write_fault(mirror_of(f"s3://no-such-bucket/{one.name}")) == "there is no such bucket"
+    assert storage.write_fault(one) is None and sizes(one) == {}
 
 
 def test_a_database_is_gone_on_with_on_another_node(node: Node) -> None:

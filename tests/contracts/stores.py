@@ -49,20 +49,20 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[None]:
-    """An S3 server, and the environment that leads to it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+def s3() -> Iterator[int]:
+    """The port of an S3 server on every address of this machine, and the environment that leads to it."""
+    server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    _, port = server.get_host_and_port()
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ACCESS_KEY_ID", "key")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
             patch.setenv("AWS_REGION", "us-east-1")
-            patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
             client = _s3()
             client.create_bucket(Bucket=BUCKET)
-            yield
+            yield int(port)
     finally:
         server.stop()
 
