@@ -12,6 +12,7 @@ from cluster.following import follow
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG
+from cluster.storage import fetch
 from cluster.tables import duration_text, table_text, width_of
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def logs_command(profile: Profile, job: str, follows: bool, output: "Output") ->
         submission.pick(dashboard, submission.every(dashboard), job)
     except HelioError as error:
         kept = profile.storage_path / "runs" / job / PROGRESS_LOG
-        if follows or not kept.exists():
+        if follows or not fetch(kept):
             raise
         print(f"helio: {error}; what follows is from {kept}", file=output.messages)
         print(kept.read_text(), end="", file=output.results)

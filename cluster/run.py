@@ -31,6 +31,7 @@ from cluster import catalog
 from cluster.code import code_digest, code_version
 from cluster.cost import Attempt, Meter, total, totals, utc_now
 from cluster.errors import HelioError
+from cluster.head import claimed, is_claimed, of_head, publish_run, published
 from cluster.metrics import Metrics
 from cluster.output import Output
 from cluster.plan import check_storage
@@ -39,6 +40,7 @@ from cluster.progress import RunProgress
 from cluster.recipe import Recipe, build_recipe
 from cluster.schema import Document, validate
 from cluster.session import ray_session
+from cluster.storage import MARKERS, fetch, matching, name_of, publish
 
 PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
@@ -124,7 +126,7 @@ class Run:
     def undisturbed(self, output: Output) -> Iterator[None]:
         """A block whose noise goes to the run's log file, while its progress goes to the user."""
         try:
-            with output.noise_to(self.directory / "run.log"):
+            with published(self.directory, self.progress.say), output.noise_to(self.directory / "run.log"):
                 self.progress.redirect(output.messages)
                 yield
         finally:
@@ -150,6 +152,7 @@ class Run:
             "cost": total(read_attempts(self.directory)[stage.name]),
         }
         write_json(self.directory / "stages" / f"{stage.name}.json", record)
+        publish_run(self.directory)
         return result
 
     def metered(self, stage: str) -> Meter:
@@ -186,6 +189,7 @@ def create_run(
         if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,119}", name):
             raise HelioError(f"a run's name has letters, digits, -, _ and ., the first a letter or digit, got {name!r}")
         directory = runs / name
+        fetch(directory, matching(*MARKERS))
         try:
             directory.mkdir(parents=True)
         except FileExistsError:
@@ -203,27 +207,30 @@ def create_run(
             "code": code_version(),
         },
     )
+    publish(directory)
     return Run(recipe, profile, directory, progress or RunProgress(Output().messages))
 
 
 def open_run(
-    reference: str,
+    name: str,
     profile: Profile | None = None,
     profile_overrides: Sequence[str] = (),
     progress: RunProgress | None = None,
     overrides: Sequence[str] = (),
 ) -> Run:
-    """Open an existing run by name or directory, to go on with its recipe.
+    """Open an existing run by its name or directory, to go on with its recipe.
 
     It goes on on `profile`, or on the profile that it began with, changed by `profile.key=value` overrides. `overrides`
     are of the recipe, for what begins with this command.
     """
     runs = (profile or load_profile("local", profile_overrides)).storage_path / "runs"
-    directory = next((d.resolve() for d in (runs / reference, Path(reference)) if (d / "run.json").is_file()), None)
+    places = (runs / name, Path(name))
+    directory = next((d.resolve() for d in places if fetch(d, of_head) and (d / "run.json").is_file()), None)
     if directory is None:
+        fetch(runs, matching("*/run.json"))
         known = sorted(path.parent.name for path in runs.glob("[!.]*/run.json"))
         listed = f"there are {', '.join(known[-5:])}" if known else "there is none yet"
-        raise HelioError(f"no run {reference!r} under {runs}: {listed}")
+        raise HelioError(f"no run {name!r} under {name_of(runs)}: {listed}")
     record = json.loads((directory / "run.json").read_text())
     if profile is None:
         document = Document("run.json", record["profile"])
@@ -231,7 +238,7 @@ def open_run(
             document.override(override.removeprefix("profile."), Profile.model_fields)
         profile = validate(Profile, document.data, document)
     # The storage of a run is where the run lies, whatever directory the command is called from.
-    profile = profile.model_copy(update={"storage": str(directory.parent.parent)})
+    profile = profile.model_copy(update={"storage": name_of(directory.parent.parent)})
     recipe = Document("run.json", record["recipe"])
     for override in overrides:
         recipe.override(override, catalog.SECTIONS)
@@ -264,7 +271,8 @@ def alone(directory: Path, name: str = LOCK) -> Iterator[None]:
         if not (directory / name).exists():
             gone = f"run {directory.name} has been deleted meanwhile"
             raise HelioError(f"{gone}: `helio runs list` lists those there are")
-        yield
+        with claimed(directory):
+            yield
 
 
 def going_on(directory: Path) -> bool:
@@ -277,7 +285,7 @@ def going_on(directory: Path) -> bool:
             continue
         except BlockingIOError:
             return True
-    return False
+    return is_claimed(directory)
 
 
 def new_directory(parent: Path, name: str) -> Path:
@@ -285,6 +293,7 @@ def new_directory(parent: Path, name: str) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     directory, number = parent / name, 1
     while True:
+        fetch(directory, matching(*MARKERS))
         try:
             directory.mkdir()
             return directory

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import CheckpointError
 from cluster.run import write_json
+from cluster.storage import fetch, local, publish
 from jobs.data.decode import ROUNDING_BIAS, Pixels, decode_to_size
 from jobs.model.heat_map import heat_map, places_of
 
@@ -47,7 +48,8 @@ class Bundle:
     @classmethod
     def open(cls, directory: Path | str, digest: str | None = None) -> "Bundle":
         """Open a bundle, without TensorFlow. Raises CheckpointError when it is none, or is not `digest`."""
-        directory = Path(directory)
+        directory = local(directory)
+        fetch(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -86,6 +88,8 @@ class LoadedBundle:
         import tensorflow as tf
 
         self.bundle = bundle
+        # It may have been opened on another node.
+        fetch(bundle.directory)
         # The signatures live only as long as the object that was loaded.
         self._model = tf.saved_model.load(str(bundle.directory / "model"))
         self._signatures = self._model.signatures
@@ -180,8 +184,10 @@ def write_bundle(
 
 def complete_manifest(directory: Path, entries: dict[str, Any]) -> Bundle:
     """Add to the manifest of a bundle what became known after it was written, and before anyone knows its digest."""
+    fetch(directory)
     manifest = json.loads((directory / "manifest.json").read_text())
     write_json(directory / "manifest.json", {**manifest, **entries})
+    publish(directory)
     return Bundle.open(directory)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import DataError
 from cluster.progress import RunProgress
 from cluster.schema import nearest
+from cluster.storage import fetch, local, matching, name_of
 from cluster.tables import size_text, table_text
 from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.difference import EXAMPLES, difference
@@ -33,6 +34,7 @@ def open_datasets(storage: Path) -> tuple[list[Dataset], dict[Path, DataError]]:
     Hidden directories are work in progress.
     """
     found, faults = [], {}
+    fetch(storage / "datasets", matching("*/manifest.json"))
     for path in sorted((storage / "datasets").glob("[!.]*/manifest.json")):
         try:
             found.append(Dataset.open(path.parent))
@@ -47,8 +49,8 @@ def find_dataset(reference: str, storage: Path) -> Dataset:
     Raises DataError when there is none, or more than one.
     """
     root = storage / "datasets"
-    for directory in (root / reference, Path(reference)):
-        if (directory / "manifest.json").is_file():
+    for directory in (root / reference, local(reference)):
+        if fetch(directory / "manifest.json"):
             return Dataset.open(directory.resolve())
     datasets, faults = open_datasets(storage)
     matches = [
@@ -66,7 +68,7 @@ def find_dataset(reference: str, storage: Path) -> Dataset:
             raise error
     names = [dataset.directory.name for dataset in datasets]
     close = nearest(reference, names).replace("valid keys are", "there are") or ": there is none yet"
-    raise DataError(f"no data set {reference!r} under {root}{close}")
+    raise DataError(f"no data set {reference!r} under {name_of(root)}{close}")
 
 
 def list_command(storage: Path, as_json: bool, output: "Output") -> int:
@@ -94,7 +96,10 @@ def list_command(storage: Path, as_json: bool, output: "Output") -> int:
     if rows:
         print(table_text([head, *rows], numeric=(2, 3, 5)), file=output.results)
     else:
-        print(f"there is no data set under {storage / 'datasets'}: `helio ingest` makes one", file=output.messages)
+        print(
+            f"there is no data set under {name_of(storage / 'datasets')}: `helio ingest` makes one",
+            file=output.messages,
+        )
     for error in faults.values():
         print(f"helio: {error}", file=output.messages)
     return 0

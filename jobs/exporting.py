@@ -13,6 +13,7 @@ from typing import Any
 from cluster.code import code_digest
 from cluster.errors import CheckpointError
 from cluster.run import Run, new_directory
+from cluster.storage import fetch, publish
 from jobs.bundle import Bundle, complete_manifest
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
@@ -117,7 +118,7 @@ def _retraining(run: Run, dataset: Dataset, search: dict[str, Any]) -> dict[str,
         "config": FinetuneConfig.model_validate(search["best"]["config"]),
         "epochs": search["best"]["epochs"],
         # The search has kept what training on the same images again would end with.
-        "trained": load_arrays(Path(weights)) if as_found else None,
+        "trained": load_arrays(Path(weights)) if as_found and fetch(Path(weights)) else None,
     }
 
 
@@ -153,6 +154,7 @@ def _retrain(
         metrics = {"test_accuracy": tested.mean, "test_accuracy_95": interval, "test_images": len(test.labels)}
         manifest = {**lineage, "metrics": metrics}
         write_bundle(bundle, classifier.backbone, classifier.head, start.image_size, manifest)
+        publish(bundle)
     return {"accuracy": tested.mean, "confusion": confusion.tolist(), "right": right}
 
 

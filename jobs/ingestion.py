@@ -5,8 +5,9 @@
 
 Every image that is read is written or rejected with its reason. Three steps, the first and the last on Ray Data over
 the whole cluster: each part of the source is read once, verified and laid aside (`jobs.data.spool`); one task plans
-which image goes where (`jobs.data.plan`); the shards are filled (`jobs.data.shards`). What is done is on disk under its
-name: killed at any moment, the next run goes on from there. The same source, unchanged, is not read again.
+which image goes where (`jobs.data.plan`); the shards are filled (`jobs.data.shards`), and the manifest makes a data set
+of them. What is done is in the storage: killed at any moment, the next run goes on from there. The same source,
+unchanged, is not read again.
 """
 
 import datetime
@@ -25,6 +26,7 @@ from cluster.errors import DataError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run, write_json
+from cluster.storage import fetch, matching, name_of, publish, remove
 from jobs.data.config import DataConfig
 from jobs.data.dataset import FORMAT, Dataset
 from jobs.data.plan import Planned, plan_dataset
@@ -32,7 +34,7 @@ from jobs.data.shards import write_shard
 from jobs.data.sources.contract import Source
 from jobs.data.sources.open import open_source
 from jobs.data.spool import SpooledPart, spool_part
-from jobs.data.tasks import run_tasks
+from jobs.data.tasks import forget_everywhere, run_tasks
 
 SPOOL_FIELDS = {
     "source",
@@ -67,7 +69,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         reused = directory is not None
         if directory is None:
             directory = _ingest(run, config, source, work)
-        shutil.rmtree(work, ignore_errors=True)
+            forget_everywhere(work)
+        remove(work)
     manifest = Dataset.open(directory).manifest
     _tell(run, manifest, directory, reused)
     names = ("fingerprint", "task", "read", "written", "rejected", "classes", "counts", "near_duplicates")
@@ -80,7 +83,11 @@ def _ingest(run: Run, config: DataConfig, source: Source, work: Path) -> Path:
     signature = _signature(keys)
     key = hashlib.sha256(f"{_settings_key(run, config)}/{signature}".encode()).hexdigest()
     directory = run.storage / "datasets" / f"{run.recipe.name}-{key[:12]}"
-    plan, target = work / f"plan-{key[:12]}", work / f"set-{key[:12]}"
+    plan, done = work / f"plan-{key[:12]}", work / f"set-{key[:12]}"
+    if fetch(directory / "manifest.json"):
+        # It cannot be read: it would have been found.
+        for damaged in (directory, done):
+            remove(damaged)
     seed, multi_label = run.recipe.seed, source.multi_label
     (planned,) = run_tasks(
         lambda _: plan_dataset(work, keys, config, seed, multi_label, plan), lambda: [None], run.profile.data
@@ -103,17 +110,15 @@ def _ingest(run: Run, config: DataConfig, source: Source, work: Path) -> Path:
         "settings": _settings_key(run, config),
         "config": config.model_dump(),
         **planned.manifest,
-        "shards": _fill(run, config, planned, work, keys, plan, target),
+        "shards": _fill(run, config, planned, work, keys, plan, directory, done),
     }
     if manifest["read"] != manifest["written"] + manifest["rejected"]:
         raise RuntimeError("read = written + rejected does not hold: {read}, {written}, {rejected}".format(**manifest))
     for name in ("rejected.parquet", "near_duplicates.parquet"):
-        shutil.copy(plan / name, target / name)
-    for record in target.glob("*/*.json"):
-        record.unlink()
-    write_json(target / "manifest.json", manifest)
-    shutil.rmtree(directory, ignore_errors=True)
-    target.replace(directory)
+        fetch(plan / name)
+        shutil.copy(plan / name, directory / name)
+    write_json(directory / "manifest.json", manifest)
+    publish(directory)
     return directory
 
 
@@ -134,21 +139,21 @@ def _spool(run: Run, config: DataConfig, source: Source, work: Path) -> list[Spo
 
 
 def _fill(
-    run: Run, config: DataConfig, planned: Planned, work: Path, keys: list[str], plan: Path, target: Path
+    run: Run, config: DataConfig, planned: Planned, work: Path, keys: list[str], plan: Path, target: Path, done: Path
 ) -> list[dict[str, Any]]:
     """Second pass. Returns the manifest's description of the shards, in order."""
-    shards, done = [], 0
+    shards, filled = [], 0
     target.mkdir(exist_ok=True)
     with run.progress.task("write", planned.manifest["written"], "images") as task:
         for shard in run_tasks(
-            lambda path: write_shard(work / "spool", keys, plan, path, target, config),
+            lambda path: write_shard(work / "spool", keys, plan, path, target, done, config),
             lambda: [path for path, _ in planned.shards],
             run.profile.data,
         ):
             shards.append(shard)
             run.metrics.count("helio_ingest_written_total", shard["rows"])
-            done += shard["rows"]
-            task.update(done)
+            filled += shard["rows"]
+            task.update(filled)
     return shards
 
 
@@ -188,6 +193,7 @@ def _newest(run: Run) -> dict[str, str] | None:
 def _manifests(run: Run) -> dict[Path, dict[str, Any]]:
     """The data sets of the recipe's name in this storage with their manifests."""
     found = {}
+    fetch(run.storage / "datasets", matching(f"{run.recipe.name}-*/manifest.json"))
     for path in sorted((run.storage / "datasets").glob(f"{run.recipe.name}-*/manifest.json")):
         try:
             manifest = Dataset.open(path.parent).manifest
@@ -229,7 +235,7 @@ def _tell(run: Run, manifest: dict[str, Any], directory: Path, reused: bool) -> 
     run.progress.say(
         f"  {manifest['read']:,} read = {manifest['written']:,} written{classes} ({counts})"
         f" + {manifest['rejected']:,} rejected"
-        + (f": see {directory / 'rejected.parquet'}" if manifest["rejected"] else "")
+        + (f": see {name_of(directory / 'rejected.parquet')}" if manifest["rejected"] else "")
     )
     near = manifest["near_duplicates"]
     if near["crossing"]:

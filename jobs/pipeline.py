@@ -17,6 +17,7 @@ from cluster.profile import Profile, load_profile
 from cluster.recipe import Recipe
 from cluster.run import PROGRESS_LOG, Run, create_run, write_json
 from cluster.session import in_use
+from cluster.storage import name_of
 from jobs.report import write_report
 from jobs.results import collect_results, results_page
 
@@ -29,7 +30,7 @@ def run_stages(
     Noise of the libraries goes to the run's log file. With `keep_serving` it returns only after Ctrl-C.
     """
     with run.conducted(), _at_work(run, output, f"helio run --resume {run.name}"), run:
-        run.progress.say(f"run {run.name} in {run.directory}")
+        run.progress.say(f"run {run.name} in {name_of(run.directory)}")
         run.tell_finished(stages)
         _carry_out(run, stages)
         write_report(run)
@@ -74,7 +75,7 @@ def reach(run: Run | Recipe, profile: Profile | None, until: str) -> Run:
         again = f"helio run --resume {run.name}"
         with run.conducted(), _at_work(run, output, again), run if is_new else nullcontext():
             if stages == stages_until(run.recipe, until):
-                run.progress.say(f"run {run.name} in {run.directory}")
+                run.progress.say(f"run {run.name} in {name_of(run.directory)}")
             _carry_out(run, stages)
             write_report(run)
     return run

@@ -35,6 +35,7 @@ from cluster.plan import log_file, preflight
 from cluster.profile import Profile
 from cluster.progress import RunProgress
 from cluster.session import ray_session, resources_in_all
+from cluster.storage import fetch, local, name_of
 from jobs.bundle import Bundle
 from jobs.data.config import DataConfig
 from jobs.data.dataset import SPLITS, Dataset
@@ -75,6 +76,7 @@ class ShardPart:
         """Its images. Raises DataError when the shard is missing or damaged."""
         columns = ["source", "image", "labels", "group"]
         try:
+            fetch(self.directory / self.shard)
             with pq.ParquetFile(self.directory / self.shard) as file:
                 for number in range(self.first, self.end):
                     for row in file.read_row_group(number, columns=columns).to_pylist():
@@ -168,7 +170,7 @@ def label_source(
     target = _open_target(output_uri, config.source)
     with output.noise_to(log_file(profile, "predict")):
         if bundle_directory:
-            bundle = Bundle.open(Path(bundle_directory).resolve())
+            bundle = Bundle.open(local(bundle_directory).resolve())
         else:
             bundle = Registry(profile.storage_path).require(recipe.name, "champion").open()
         parts, total = _parts(config, profile.storage_path, split)
@@ -280,7 +282,8 @@ def _open_target(uri: str, source: str) -> Location:
 
 def _parts(config: DataConfig, storage: Path, split: str | None) -> tuple[Callable[[], Iterator[Part]], int | None]:
     """How the parts are listed, and how many images they have where that is known. Raises DataError."""
-    if "://" not in config.source and (Path(config.source) / "manifest.json").is_file():
+    inside = config.source.startswith(f"{name_of(storage)}/")
+    if (inside or "://" not in config.source) and fetch(local(config.source) / "manifest.json"):
         dataset = Dataset.open(config.source)
         splits = (split,) if split else SPLITS
         return lambda: dataset_parts(dataset, splits), sum(dataset.count(one) for one in splits)

@@ -19,6 +19,7 @@ from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.run import Run, write_json
 from cluster.session import interruptible
+from cluster.storage import fetch, publish
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.data.order import Order, training_order
@@ -150,7 +151,7 @@ def _train(
     order = training_order(dataset, run.recipe.section(DataConfig), run.recipe.seed, config.global_batch_size)
     steps = total_steps(order, config)
     record = store.directory.with_name("remedies.json")
-    remedies: list[Remedy] = json.loads(record.read_text()) if record.exists() else []
+    remedies: list[Remedy] = json.loads(record.read_text()) if fetch(record) else []
     while True:
         outcome = _attempt(run, config, dataset, tracker, order, remedies)
         if outcome.stopped is None:
@@ -170,6 +171,7 @@ def _train(
         step = 0 if newest is None else newest.state.step
         remedies.append((step, watch.learning_rate_factor, watch.warmup_steps))
         write_json(record, remedies)
+        publish(record)
         run.progress.say(
             f"  {outcome.stopped['kind']} at step {at:,}: {sign}; back to step {step:,} with "
             f"{watch.learning_rate_factor:g} times the learning rate (remedy {len(remedies)} of {watch.remedies})"

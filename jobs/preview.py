@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import DataError
 from cluster.run import write_atomic
+from cluster.storage import fetch
 from jobs import charts, report
 from jobs.data.augment import augment_encoded, draw, plan_views
 from jobs.data.config import AugmentConfig, DataConfig
@@ -167,6 +168,7 @@ def _clusters(dataset: Dataset) -> list[list[dict[str, Any]]]:
     """A few clusters of near-duplicates: those that would cross the border of splits first, then the largest."""
     rows: dict[int, list[dict[str, Any]]] = {}
     try:
+        fetch(dataset.directory / "near_duplicates.parquet")
         table = pq.read_table(dataset.directory / "near_duplicates.parquet")
     except (OSError, pa.ArrowException) as error:
         raise unreadable(dataset.directory, "near_duplicates.parquet", error) from None

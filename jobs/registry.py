@@ -13,16 +13,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.errors import HelioError
+from cluster.sqlite import open_database, publish_database
 from jobs.bundle import Bundle
 
-FILE = "mlflow.db"
+DATABASE = "mlflow.db"
 SCHEME = "helio://"
 """Of a bundle's path in the registry: an MLflow server refuses plain paths that are not under its own artifacts."""
 
 
 def tracking_uri(storage: Path) -> str:
     """Where MLflow keeps runs and models."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage / FILE}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{open_database(storage / DATABASE)}"
 
 
 def mlflow_client(storage: Path) -> Any:
@@ -30,23 +31,25 @@ def mlflow_client(storage: Path) -> Any:
     import mlflow
 
     uri = tracking_uri(storage)
-    if uri == f"sqlite:///{storage / FILE}" and not (storage / FILE).exists():
-        _make_database(storage)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        _make_database(Path(uri.removeprefix("sqlite:///")))
     return mlflow.MlflowClient(uri, uri)
 
 
-def _make_database(storage: Path) -> None:
+def _make_database(path: Path) -> None:
     """Whole or not at all: MLflow cannot go on with a file in whose making it was killed."""
     import mlflow
 
-    with TemporaryDirectory(dir=storage, prefix=".mlflow-") as directory:
+    if path.exists():
+        return
+    with TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as directory:
         begun, whole = Path(directory) / "begun.db", Path(directory) / "whole.db"
         mlflow.MlflowClient(f"sqlite:///{begun}")
         with closing(sqlite3.connect(begun)) as connection:
             connection.execute("VACUUM INTO ?", (str(whole),))
         # Another process may have made one meanwhile.
         with suppress(FileExistsError):
-            os.link(whole, storage / FILE)
+            os.link(whole, path)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Registered:
 
 def is_there(storage: Path) -> bool:
     """Whether there is a registry to ask; asking makes one."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or (storage / FILE).exists()
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or open_database(storage / DATABASE).exists()
 
 
 class Registry:
@@ -83,7 +86,7 @@ class Registry:
     def __init__(self, storage: Path) -> None:
         import mlflow
 
-        self._uri = tracking_uri(storage)
+        self._uri, self._database = tracking_uri(storage), storage / DATABASE
         self._client = mlflow_client(storage)
         self._missing: Any = mlflow.exceptions.MlflowException
 
@@ -103,6 +106,7 @@ class Registry:
     def set_alias(self, model: str, alias: str, version: str) -> None:
         """Point an alias at a version."""
         self._client.set_registered_model_alias(model, alias, version)
+        publish_database(self._database)
 
     def find(self, model: str, alias: str) -> ModelVersion | None:
         """The version that an alias points at, or None where there is no such model or alias."""

@@ -21,7 +21,7 @@ from cluster.run import write_json
 from jobs.registry import ModelVersion, Registry
 from serving.admission import Admission, Ask
 from serving.config import ServeConfig
-from serving.keys import KeyStore, control_db
+from serving.keys import KeyStore, control_db, publish_control
 from serving.metrics.families import Snapshot
 from serving.metrics.merged import Merged
 from serving.rollout.audit import AuditLog
@@ -38,6 +38,7 @@ CHAMPIONS_S = 1.0
 """How long what the registry has said of another model's champion holds: all replicas ask."""
 ALIAS_AGAIN_S = 10.0
 """When a registry is asked again that did not take the new champion."""
+PUBLISH_S = 15.0
 NAME, NAMESPACE = "helio-control", "helio"
 """By which Ray finds the actor."""
 
@@ -58,6 +59,7 @@ class Control:
         self._changed = asyncio.Event()
         self._naming: asyncio.Task[None] | None = None
         self._named: str | None = None
+        self._publishing: asyncio.Task[None] | None = None
         self._champions: dict[str, tuple[float, asyncio.Task[ModelVersion | None]]] = {}
         self._counts = database.with_name("counts.json")
         self._merged = Merged(self._earlier())
@@ -102,6 +104,18 @@ class Control:
             # Those that live tell all their counts again; what these had would be lost with this process.
             write_json(self._counts, {"started": self._started, "state": self._merged.state()})
 
+    async def publish(self) -> None:
+        """Bring keys and roll-out into the bucket, where the storage is one."""
+        await asyncio.to_thread(publish_control, self._storage, self._model)
+
+    async def _publish_again_and_again(self) -> None:
+        while True:
+            await asyncio.sleep(PUBLISH_S)
+            try:
+                await self.publish()
+            except HelioError:
+                logger.exception("the endpoint's state is not in the bucket yet")
+
     async def leave(self, replica: str) -> None:
         """A replica ends in order."""
         self._merged.leave(replica)
@@ -133,6 +147,8 @@ class Control:
     async def follow(self, known: View | None) -> View:
         """What replicas are to do of the roll-out, as soon as it is something else than `known`; or after a while."""
         self._name_promoted()
+        if self._publishing is None:
+            self._publishing = asyncio.create_task(self._publish_again_and_again())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FOLLOW_S):
                 while (view := self._director.view) == known:

@@ -23,6 +23,7 @@ from cluster.plan import log_file
 from cluster.profile import Profile
 from cluster.run import Run
 from cluster.session import HEAD, ray_session
+from cluster.storage import local
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
@@ -99,6 +100,10 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
         yield url
     finally:
         serve.shutdown()
+        try:
+            ray.get(control.publish.remote())
+        except ray.exceptions.RayError as error:
+            logger.warning("what the endpoint has counted last is lost: %s", error)
         ray.kill(control)
 
 
@@ -323,6 +328,6 @@ def find_version(recipe: "Recipe", profile: Profile, directory: str | None) -> M
     """The champion of the recipe's model, or the bundle in `directory`. Raises HelioError where there is none."""
     if directory is None:
         return Registry(profile.storage_path).require(recipe.name, "champion")
-    bundle = Bundle.open(Path(directory).resolve())
+    bundle = Bundle.open(local(directory).resolve())
     name = str(bundle.manifest.get("name", bundle.directory.name))
     return ModelVersion(name, "unregistered", bundle.directory, bundle.digest)

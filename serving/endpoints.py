@@ -8,15 +8,19 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 
 from cluster.addresses import is_loopback, keep_from_proxies
+from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.run import write_json
+from cluster.storage import entries, fetch, is_mirrored, name_of, publish, remove
 from serving.config import APPLICATION
 
 WITHIN_S = 5.0
@@ -44,10 +48,11 @@ def announced(profile: Profile, model: str, url: str) -> Iterator[None]:
     """Leave in the storage where an endpoint is, for the length of the block."""
     path = profile.storage_path / "serving" / model / f"endpoint-{urlsplit(url).port}.json"
     write_json(path, {"url": url, "host": socket.gethostname(), "address": profile.address})
+    publish(path)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def find_endpoints(profile: Profile, applications: Mapping[str, Any] | None) -> list[Endpoint]:
@@ -65,11 +70,9 @@ def _places(profile: Profile, applications: Mapping[str, Any] | None) -> list[st
     """Where endpoints may be."""
     here, found = socket.gethostname(), []
     nodes = [proxy["node_ip"] for proxy in (applications or {}).get("proxies", {}).values()]
-    for path in sorted((profile.storage_path / "serving").glob("*/endpoint-*.json")):
-        try:
-            record = json.loads(path.read_text())
-        except FileNotFoundError:
-            continue
+    serving = profile.storage_path / "serving"
+    models = [name for name, is_folder in entries(serving).items() if is_folder]
+    for record in (record for model in models for record in _records(serving / model).values()):
         host = urlsplit(record["url"]).hostname or ""
         # A job knows the cluster that it runs on by no address.
         same = record["address"] == profile.address or host in nodes
@@ -81,6 +84,29 @@ def _places(profile: Profile, applications: Mapping[str, Any] | None) -> list[st
         if nodes and "port" in options and not is_loopback(options.get("host", "")):
             found.append(f"http://{nodes[0]}:{options['port']}")
     return found
+
+
+def _records(directory: Path) -> dict[Path, dict[str, Any]]:
+    """What the endpoints of a model have left of where they are."""
+    found = {}
+    for name in entries(directory):
+        # One that ends meanwhile takes its own away.
+        if fnmatch(name, "endpoint-*.json") and fetch(directory / name):
+            with suppress(FileNotFoundError):
+                found[directory / name] = json.loads((directory / name).read_text())
+    return found
+
+
+def check_machine(storage: Path, model: str) -> None:
+    """Raise HelioError where the keys of a model are in use on another machine, and the storage is a bucket."""
+    if not is_mirrored(storage):
+        return
+    for path, record in _records(storage / "serving" / model).items():
+        if record["host"] != socket.gethostname():
+            raise HelioError(
+                f"the endpoint {record['url']} has the keys of {model} on {record['host']}, which writes them to the "
+                f"bucket: call helio keys there; if it is up no more, delete {name_of(path)}"
+            )
 
 
 def _ask(url: str, profile: Profile) -> Endpoint | None:

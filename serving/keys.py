@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.errors import HelioError
 from cluster.schema import nearest
+from cluster.sqlite import open_database, publish_database
 from serving.admission import PERIODS, SCOPES, UNLIMITED, Account, Admission, Ask, Key, Quota, Rate, decide, digest_of
 from serving.database import Database
 
@@ -30,7 +31,16 @@ CREATE TABLE IF NOT EXISTS api_keys (
 
 
 def control_db(storage: Path, model: str) -> Path:
-    """The file that holds the state of a model's endpoint, its keys among it."""
+    """The file that holds the state of a model's endpoint, its keys among it; see `cluster.sqlite`."""
+    return open_database(_place(storage, model))
+
+
+def publish_control(storage: Path, model: str) -> None:
+    """Bring what was changed of it into the bucket, where the storage is one. Raises StorageError."""
+    publish_database(_place(storage, model))
+
+
+def _place(storage: Path, model: str) -> Path:
     return storage / "serving" / model / "control.db"
 
 

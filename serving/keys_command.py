@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import HelioError
 from cluster.recipe import load_recipe, shipped_recipes
 from cluster.schema import nearest
+from cluster.storage import entries
 from cluster.tables import table_text
 from serving.admission import DAY_S, PERIODS, Key, Quota, Rate, moment
-from serving.keys import KeyStore, control_db
+from serving.endpoints import check_machine
+from serving.keys import KeyStore, control_db, publish_control
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -54,11 +56,13 @@ def create_command(
                 raise HelioError(f"--trial sets {', '.join(given)}: leave {option} out, or --trial")
         expires, rate, burst, quota = TRIAL_EXPIRES, TRIAL_RATE, TRIAL_BURST, TRIAL_QUOTA
     model = find_model(reference, storage)
+    check_machine(storage, model)
     options: dict[str, Any] = {"scopes": scopes} if scopes else {}
     options["expires"] = parse_expiry("never" if expires is None else expires, time.time())
     options["rate"], options["quota"] = parse_rate(rate, burst), parse_quota(quota)
     with closing(KeyStore(control_db(storage, model))) as store:
         key, secret = store.create(name, who(), **options)
+    publish_control(storage, model)
     if as_json:
         _print_json({"model": model, "key": _document(key), "secret": secret}, output)
         return 0
@@ -104,10 +108,12 @@ def revoke_command(reference: str, storage: Path, key_id: str, why: str, as_json
     if not why.strip():
         raise HelioError('--why must say why the key is revoked, as in --why "the secret was in a log"')
     model = find_model(reference, storage)
+    check_machine(storage, model)
     if not control_db(storage, model).exists():
         raise HelioError(f"no key has the id {key_id!r}: {model} has no key yet")
     with closing(KeyStore(control_db(storage, model))) as store:
         key = store.revoke(key_id, who(), why)
+    publish_control(storage, model)
     if as_json:
         _print_json({"model": model, "key": _document(key)}, output)
     else:
@@ -120,7 +126,7 @@ def find_model(reference: str, storage: Path) -> str:
     """The model of a recipe (a file or a shipped one), or one that has an endpoint in `storage`. Raises HelioError."""
     if reference in shipped_recipes() or os.path.isfile(reference):
         return load_recipe(reference).name
-    deployed = {path.name for path in (storage / "serving").glob("*/")}
+    deployed = {name for name, is_folder in entries(storage / "serving").items() if is_folder}
     if reference not in deployed:
         close = nearest(reference, deployed | set(shipped_recipes())).replace("valid keys are", "there are")
         raise HelioError(f"no recipe, and no model that was deployed, is named {reference!r}{close}")

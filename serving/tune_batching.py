@@ -30,6 +30,7 @@ from cluster.profile import Profile, ReplicaResources
 from cluster.progress import RunProgress
 from cluster.run import write_json
 from cluster.session import ray_session
+from cluster.storage import publish
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.endpoint import find_version
@@ -256,6 +257,7 @@ def tune_command(
         }
         path = record_directory(profile.storage_path, version.model) / "tune-batching.json"
         write_json(path, report)
+        publish(path)
         print(json.dumps(report, indent=2) if as_json else _text(report, found, chosen, path), file=output.results)
     return 0 if within else 1
 

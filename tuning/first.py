@@ -7,7 +7,6 @@ data, the start or the budget may have changed since.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -15,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from cluster.errors import HelioError
 from cluster.run import Run
+from cluster.storage import fetch, local
 from tuning.config import TuneConfig, Value
 from tuning.ledger import best_of, changes, params_of
 from tuning.space import Space
@@ -89,9 +89,7 @@ def make_beginning(config: TuneConfig, space: Space, seed: int, earlier: Earlier
 
 def find_earlier(reference: str, run: Run, stage: str) -> Earlier:
     """The search of a run, by the name of the run or its directory. Raises HelioError."""
-    directory = next(
-        (d for d in (run.storage / "runs" / reference, Path(reference)) if (d / "run.json").is_file()), None
-    )
+    directory = next((d for d in (run.storage / "runs" / reference, local(reference)) if fetch(d / "run.json")), None)
     if directory is None:
         raise HelioError(f"tune.warm_start must be a run in {run.storage / 'runs'} or its directory, got {reference!r}")
     recipe = json.loads((directory / "run.json").read_text())["recipe"]

@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.storage import fetch, matching
 from jobs.training.backend import describe_cluster, own_address
 from tuning.slot import Lost, Objective, TooMuchMemory, memory_watched, too_much_memory
 from tuning.trial import Epoch
@@ -72,6 +73,7 @@ class Gang:
             ray.kill(member)
         self._members = []
         if any(not isinstance(one, RayTaskError) for one in errors):
+            fetch(directory, matching("worker-*.log"))
             logs = "".join(path.read_text() for path in directory.glob("worker-*.log"))
             if told := too_much_memory(logs):
                 raise TooMuchMemory(told)
@@ -109,6 +111,7 @@ class _Member:
     def begin(self, params: dict[str, Any], directory: Path) -> None:
         self._epochs = self._objective.run(params, directory)
         self._log.close()
+        directory.mkdir(parents=True, exist_ok=True)
         self._log = (directory / f"worker-{self._rank}.log").open("w")
 
     def step(self) -> Epoch:

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from cluster.errors import HelioError
 from cluster.run import write_atomic
+from cluster.storage import fetch, publish
 from jobs.evaluation.metrics import Metric, better
 from tuning.config import TuneConfig
 from tuning.population import SUCCEEDS, begun_afresh, next_succession
@@ -274,10 +275,12 @@ class Ledger:
         params = self._space.suggest(live)
         live.set_user_attr("params", params)
         progress = Path(directory) / PROGRESS
-        if succession is not None and not progress.exists():
+        if succession is not None and not fetch(progress):
             reached = milestone(Path(trials[succession["parent"]].user_attrs["directory"]), succession["epoch"])
             progress.parent.mkdir(parents=True, exist_ok=True)
+            fetch(reached)
             write_atomic(progress, partial(shutil.copyfile, reached))
+            publish(progress)
         self._mine[live.number] = live._trial_id
         return Assignment(live.number, params, Path(directory), len(attempts))
 

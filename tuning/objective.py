@@ -16,6 +16,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
+from cluster.storage import fetch, publish, remove
 from jobs.evaluation.metrics import Metric, better, measure
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
@@ -147,6 +148,7 @@ class FinetuneObjective:
             best = inherited + own.index(better(metric, own)) + 1
             if best == epoch and len(members) == 1:
                 save_arrays(directory / BEST, members[0].finetuner.weights())
+                publish(directory / BEST)
             patience = self._settings.patience
             last = epoch == config.epochs or (patience is not None and epoch - best >= patience)
             every = self._settings.milestones_every
@@ -157,7 +159,7 @@ class FinetuneObjective:
             yield Epoch(epoch, figures[metric], figures, last)
             if last:
                 break
-        file.unlink(missing_ok=True)
+        remove(file)
 
     @property
     def _is_first(self) -> bool:
@@ -227,11 +229,12 @@ def _write(
     models = [member.finetuner.progress().arrays for member in members]
     note = {"values": values, "inherited": inherited, "figures": figures, "arrays": [len(model) for model in models]}
     save_arrays(file, [np.frombuffer(json.dumps(note).encode(), np.uint8), *(a for model in models for a in model)])
+    publish(file)
 
 
 def _reached(members: list[_Member], file: Path) -> _Reached:
     """What a former attempt, or the trial that this one goes on from, has left behind."""
-    if not file.exists():
+    if not fetch(file):
         return _Reached([], 0, None, [None] * len(members))
     text, *arrays = load_arrays(file)
     note = json.loads(text.tobytes())

@@ -13,6 +13,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from cluster.storage import fetch
 from tuning.config import TuneConfig
 from tuning.trial import milestone
 
@@ -54,7 +55,7 @@ def next_succession(
             continue
         ranked = _ranked((t for t in trials if t.state is not TrialState.FAIL), epoch, direction)
         first = ranked[: max(1, len(ranked) // config.reduction_factor)]
-        first = [one for one in first if milestone(Path(one.user_attrs["directory"]), epoch).exists()]
+        first = [one for one in first if fetch(milestone(Path(one.user_attrs["directory"]), epoch))]
         if first:
             parent = first[np.random.default_rng([seed, trial.number]).integers(len(first))]
             return {"trial": trial.number, "parent": parent.number, "epoch": epoch}

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial
 from cluster.errors import HelioError
 from cluster.output import Output
 from cluster.run import Run
+from cluster.storage import publish
 from jobs.charts import (
     BLUE,
     GREY,
@@ -55,6 +56,7 @@ def report_command(run: Run, as_json: bool, output: Output) -> int:
     with output.noise_to(run.directory / "run.log"):
         words = {stage: in_words(trials, config) for stage, trials in studies.items()}
         write_page(path, f"{run.name}: search", _body(run, config, studies, searches, words))
+    publish(path)
     if as_json:
         print(json.dumps({"report": str(path), "words": words}, indent=2), file=output.results)
         return 0

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 from cluster.errors import HelioError
 from cluster.profile import TrialResources
 from cluster.run import Run
+from cluster.storage import fetch, remove, sizes
 from jobs.data.config import DataConfig
 from jobs.data.dataset import Dataset
 from jobs.evaluation.metrics import Metric, title, told
@@ -88,9 +89,9 @@ def search(run: Run, stage: str, checkpoint: Checkpoint | None) -> dict[str, Any
         run.progress.say(f"  the search has ended early: {ended_by}")
     summary = _summary(what, ledger)
     if ledger.over:
-        for left in (*what.directory.glob("*/epoch-*.npz"), *what.directory.glob(f"*/{BEST}")):
-            if str(left) != summary["best"]["weights"]:
-                left.unlink()
+        for left in sizes(what.directory):
+            if left.match("epoch-*.npz") or (left.name == BEST and str(left) != summary["best"]["weights"]):
+                remove(left)
     return {**summary, "ended_by": ended_by, "seconds": seconds}
 
 
@@ -307,7 +308,7 @@ def _summary(what: _Search, ledger: Ledger) -> dict[str, Any]:
             "params": params,
             "config": what.base.model_copy(update=finetune).model_dump(),
             "model": what.start.model.changed(model).model_dump(),
-            "weights": str(weights) if weights.exists() else None,
+            "weights": str(weights) if fetch(weights) else None,
             # A trial of a population has had several settings.
             "retrainable": config.pruner != "pbt",
         },

@@ -4,6 +4,7 @@ What is slow to begin with (TensorFlow, the decoded images, what is compiled) is
 slot. Whatever a trial raises ends the trial alone; the process goes on with the next one.
 """
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -19,6 +20,8 @@ from typing import IO, Any, Protocol
 
 from ray import tune
 
+from cluster.errors import HelioError
+from cluster.storage import fetch, publish
 from tuning.trial import Epoch, Failure
 
 LOOK_S = 0.1
@@ -104,6 +107,7 @@ class Slot(tune.Trainable):
         except Exception as error:
             traceback.print_exc(file=self._log)
             self._log.flush()
+            publish(Path(self._log.name))
             kind = {NotFinite: "not finite", MemoryError: "memory", TooMuchMemory: "memory", Lost: "lost"}.get(
                 type(error), "exception"
             )
@@ -119,6 +123,7 @@ class Slot(tune.Trainable):
 
     def _write(self, text: str) -> None:
         print(f"{time.time():.3f} {text}", file=self._log, flush=True)
+        publish(Path(self._log.name))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Ray Tune keeps none: an objective saves what it needs in its trial's directory."""
@@ -150,6 +155,8 @@ def memory_watched(limit_gb: float | None, log: IO[str]) -> Iterator[None]:
         while limit_gb is not None and not done.wait(LOOK_S):
             if (taken := own_memory_gb()) > limit_gb:
                 print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit_gb:g}", file=log, flush=True)
+                with contextlib.suppress(HelioError):
+                    publish(Path(log.name))
                 os._exit(1)
 
     watcher = threading.Thread(target=look, name="memory", daemon=True)
@@ -176,7 +183,7 @@ def log_of(directory: Path, attempt: int) -> Path:
 def lost(directory: Path, attempt: int, limits: Limits) -> Failure:
     """Why the process of an attempt is gone, from what it left behind."""
     log = log_of(directory, attempt)
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(errors="replace") if fetch(log) else ""
     if found := too_much_memory(text):
         return Failure("memory", found, str(log))
     if re.search(r"^Timeout \(\d", text, re.MULTILINE):

@@ -15,6 +15,7 @@ import optuna
 import sqlalchemy
 
 from cluster.errors import HelioError
+from cluster.sqlite import open_database
 from tuning.config import TuneConfig
 
 LOCK_WAIT_S = 60.0
@@ -88,4 +89,5 @@ def sqlite_file(url: str) -> Path | None:
 
 def place_of(config: TuneConfig, run: Path, stage: str) -> tuple[str, str]:
     """(URL, name of the study) of a search of the run in this directory."""
-    return config.storage or f"sqlite:///{run / 'studies.db'}", f"{config.study or run.name}/{stage}"
+    url = config.storage or f"sqlite:///{open_database(run / 'studies.db')}"
+    return url, f"{config.study or run.name}/{stage}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from cluster.storage import remove
 from jobs.charts import settings
 from jobs.evaluation.metrics import Metric, title
 from jobs.evaluation.metrics import told as shown
@@ -69,7 +70,7 @@ class TrialTable:
             if told.outcome == "failed" and directory == self._kept:
                 found = self.ledger.best()
                 self.best, self._kept = (found[2], Path(found[0].user_attrs["directory"])) if found else (None, None)
-            (directory / PROGRESS).unlink(missing_ok=True)
+            remove(directory / PROGRESS)
             if directory != self._kept:
                 self._discard(directory)
 
@@ -96,7 +97,7 @@ class TrialTable:
     def _discard(self, directory: Path) -> None:
         # A trial of a population cannot be trained again: all weights are kept until the winner is known.
         if self.ledger.config.pruner != "pbt":
-            (directory / BEST).unlink(missing_ok=True)
+            remove(directory / BEST)
 
     def _count(self, number: int) -> None:
         self.without_gain = 0 if number in self._gained else self.without_gain + 1

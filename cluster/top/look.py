@@ -12,6 +12,7 @@ from cluster import catalog
 from cluster.dashboard import Dashboard
 from cluster.errors import HelioError
 from cluster.profile import Profile
+from cluster.storage import StorageError, name_of
 from cluster.top.nodes import NodeUse, Waiting, read_nodes
 from cluster.top.runs import Job, RunView, read_jobs, read_runs
 
@@ -94,12 +95,14 @@ class Looker:
         try:
             self._runs = read_runs(storage, () if cluster is None else cluster.jobs)
             self._endpoints = self._asked_endpoints(cluster)
+        except StorageError as error:
+            notes.append(f"{error}; runs are as they were before")
         except OSError as error:
             notes.append(f"storage {storage} cannot be read ({error.strerror}); runs are as they were before")
         return View(
             at=time.time(),
             profile=self.profile.name,
-            storage=str(storage),
+            storage=name_of(storage),
             cluster=cluster,
             runs=tuple(self._runs),
             endpoints=tuple(self._endpoints),
@@ -165,5 +168,5 @@ def _notes(storage: Path, cluster: Cluster | None) -> list[str]:
         notes.append(f"{cluster.fault}{f'; nodes and jobs are those of {told}' if told else ''}")
     if not storage.is_dir():
         why = "there is none yet" if cluster is None else "it cannot be seen from here, nor what runs say of themselves"
-        notes.append(f"storage {storage}: {why}")
+        notes.append(f"storage {name_of(storage)}: {why}")
     return notes

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.storage import fetch
 from jobs.data.decoded import Group
 
 CACHE_BYTES = 64 * 2**20
@@ -140,7 +141,8 @@ def _key(path: Path, group: int, disk: DiskCache | None) -> tuple[Path, Path, in
 @functools.lru_cache(maxsize=128)
 def _read_ahead(path: Path, group: int, disk: DiskCache | None) -> None:
     """Those that were asked for last are not asked for again."""
-    if not hasattr(os, "posix_fadvise"):
+    # What is still in a bucket comes when it is wanted.
+    if not hasattr(os, "posix_fadvise") or not path.exists():
         return
     start, size = 0, 0
     # What is wrong with a file is told where it is read.
@@ -183,4 +185,5 @@ def _read(path: Path, group: int) -> tuple[pa.Table, Reading]:
 
 @functools.lru_cache(maxsize=256)
 def _footer(path: Path) -> pq.FileMetaData:
+    fetch(path)
     return pq.read_metadata(path)

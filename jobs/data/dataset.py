@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.errors import DataError
+from cluster.storage import fetch, local, open_input
 from jobs.data.cache import DiskCache, RowGroupCache
 from jobs.data.decode import Pixels
 
@@ -88,7 +89,8 @@ class Dataset:
     @classmethod
     def open(cls, directory: Path | str) -> "Dataset":
         """Open a data set by its directory. Raises DataError when it is none or of another format."""
-        directory = Path(directory)
+        directory = local(directory)
+        fetch(directory / "manifest.json")
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -123,12 +125,12 @@ class Dataset:
 
     def labels(self, split: str) -> NDArray[np.int32]:
         """The label of every row of a split, int32 [count]."""
-        tables = [
-            pq.read_table(self.directory / shard["path"], columns=["label"])
-            for shard in self.manifest["shards"]
-            if shard["split"] == split
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *(t.column("label").to_numpy() for t in tables)]).astype(np.int32)
+        found = [np.zeros(0, np.int32)]
+        for shard in self.manifest["shards"]:
+            if shard["split"] == split:
+                with open_input(self.directory / shard["path"]) as file:
+                    found.append(pq.read_table(file, columns=["label"]).column("label").to_numpy())
+        return np.concatenate(found).astype(np.int32)
 
     def bytes(self, split: str) -> int:
         """Size of a split's shards."""

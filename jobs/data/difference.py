@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.errors import DataError
+from cluster.storage import open_input
 from jobs.data.dataset import SPLITS, Dataset
 
 ROWS_AT_ONCE = 2**21
@@ -128,7 +129,7 @@ def read_columns(dataset: Dataset, columns: list[str]) -> Iterator[tuple[str, in
     for shard in dataset.manifest["shards"]:
         split = shard["split"]
         try:
-            with pq.ParquetFile(dataset.directory / shard["path"]) as file:
+            with open_input(dataset.directory / shard["path"]) as stream, pq.ParquetFile(stream) as file:
                 for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                     yield split, starts[split], batch
                     starts[split] += batch.num_rows

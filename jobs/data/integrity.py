@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.storage import fetch
 from jobs.data.dataset import SCHEMA, Dataset, image_id
 from jobs.data.decode import DecodeError, decode_image
 
@@ -32,6 +33,7 @@ def check_shards(dataset: Dataset, decode: bool) -> Iterator[tuple[dict[str, Any
 def shard_fault(directory: Path, shard: dict[str, Any], decode: bool) -> str | None:
     """What is wrong with one shard as the manifest describes it, or None."""
     path = directory / shard["path"]
+    fetch(path)
     try:
         size = path.stat().st_size
         if size != shard["bytes"]:

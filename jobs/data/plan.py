@@ -19,6 +19,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cluster.errors import DataError
+from cluster.storage import fetch, publish
 from jobs.data.config import DataConfig
 from jobs.data.dataset import NEAR_DUPLICATES_SCHEMA, REJECTED_SCHEMA, SPLITS
 from jobs.data.duplicates import near_duplicate_pairs
@@ -70,6 +71,7 @@ def plan_dataset(work: Path, keys: list[str], config: DataConfig, seed: int, mul
     refused = pa.concat_tables(rejected).sort_by("name").rename_columns(REJECTED_SCHEMA.names)
     pq.write_table(refused, plan / "rejected.parquet")
     shards = _write_shards(plan, images, splits, config)
+    publish(plan)
     return Planned(
         {
             "fingerprint": _fingerprint(images, ids, splits, classes),
@@ -92,7 +94,8 @@ def plan_dataset(work: Path, keys: list[str], config: DataConfig, seed: int, mul
 
 
 def _read_index(work: Path, keys: list[str]) -> pa.Table:
-    parts = []
+    parts, files = [], {f"{key}.parquet" for key in keys}
+    fetch(work / "spool", files.__contains__)
     for number, key in enumerate(sorted(keys)):
         table = pq.read_table(work / "spool" / f"{key}.parquet")
         parts.append(table.append_column("part", pa.array(np.full(table.num_rows, number, np.int32))))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import DataError
 from cluster.run import write_atomic, write_json
+from cluster.storage import fetch, publish
 from jobs.data.config import DataConfig
 from jobs.data.dataset import SCHEMA, image_id
 
@@ -21,16 +22,17 @@ ROW_GROUP_BYTES = 4 * 2**20
 
 
 def write_shard(
-    spool: Path, keys: list[str], plan: Path, path: str, target: Path, config: DataConfig
+    spool: Path, keys: list[str], plan: Path, path: str, target: Path, done: Path, config: DataConfig
 ) -> dict[str, Any]:
     """Write the shard `path` of the plan to `target`. Returns the manifest's description of it.
 
-    `keys` are the spooled parts in the order of the plan's `part` column. A shard that is there is not written again.
-    Raises DataError when the spool does not hold what its index says.
+    `keys` are the spooled parts in the order of the plan's `part` column. A shard that `done` has a record of is not
+    written again. Raises DataError when the spool does not hold what its index says.
     """
-    record = target / f"{path}.json"
-    if record.exists():
+    record = done / f"{path}.json"
+    if fetch(record):
         return dict(json.loads(record.read_text()))
+    fetch(plan / path)
     rows = pq.read_table(plan / path)
     contents = _read(spool, keys, rows)
     table = pa.table(
@@ -55,7 +57,9 @@ def write_shard(
         "pixels": int(np.sum(rows["width"].to_numpy().astype(np.int64) * rows["height"].to_numpy())),
         "sha256": checksum,
     }
+    publish(target / path)
     write_json(record, described)
+    publish(record)
     return described
 
 
@@ -63,7 +67,8 @@ def _read(spool: Path, keys: list[str], rows: pa.Table) -> list[bytes]:
     """The images' bytes, each part's file opened once and read forwards."""
     parts, offsets, sizes = (rows[name].to_numpy() for name in ("part", "offset", "bytes"))
     ids = [value.hex() for value in rows["id"].to_pylist()]
-    contents = [b""] * rows.num_rows
+    contents, files = [b""] * rows.num_rows, {f"{keys[part]}.bin" for part in np.unique(parts)}
+    fetch(spool, files.__contains__)
     opened, file = -1, -1
     for row in np.lexsort((offsets, parts)).tolist():
         if parts[row] != opened:

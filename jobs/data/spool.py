@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.storage import fetch, publish
 from jobs.data.config import DataConfig
 from jobs.data.dataset import image_id
 from jobs.data.decode import decode_image
@@ -53,18 +54,21 @@ class SpooledPart:
 def spool_part(work: Path, part: Part, config: DataConfig) -> SpooledPart:
     """Read, verify and lay aside one part; one that is there already is not read again."""
     index = work / "spool" / f"{part.key}.parquet"
-    if index.exists():
+    if fetch(index):
         reasons = pq.read_table(index, columns=["reason"]).column("reason")
         return SpooledPart(part.key, len(reasons), len(reasons) - reasons.null_count)
     # Ray runs several of these tasks on a core: more threads of OpenCV's own would only be in each other's way.
     cv2.setNumThreads(1)
     rows = []
+    index.parent.mkdir(parents=True, exist_ok=True)
     with _whole(index.with_suffix(".bin")) as spool:
         for record in part.records():
             rows.append(_verify(record, spool, config))
     table = pa.Table.from_pylist(rows, INDEX)
     with _whole(index) as file:
         pq.write_table(table, file)
+    publish(index.with_suffix(".bin"))
+    publish(index)
     return SpooledPart(part.key, len(rows), sum(row["reason"] is not None for row in rows))
 
 

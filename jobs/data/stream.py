@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from cluster.errors import DataError
+from cluster.errors import DataError, HelioError
 from cluster.profile import DataResources
 from jobs.data.augment import Draws, View, augment_encoded, augment_image, draw, plan_views
 from jobs.data.cache import DiskCache
@@ -216,7 +216,7 @@ class _Reader:
         before = row_groups.reading
         try:
             made = self._make(*pickle.loads(block.column("item")[0].as_py()))
-        except DataError as error:
+        except HelioError as error:
             return _packed({}, problem=str(error))
         reading = row_groups.reading - before
         arrays = {name: values for name, values in vars(made).items() if name != "corrupt"}
@@ -319,7 +319,7 @@ def read_split(
         try:
             table = _opened(directory).read(split, part, ["id", "image", "label"])
             images = np.stack([decode_to_size(data, image_size) for data in table.column("image").to_pylist()])
-        except DataError as error:
+        except HelioError as error:
             return _packed({}, problem=f"{split} split of {directory}: {error}")
         arrays = {"images": images, "labels": table.column("label").to_numpy()}
         return _packed(arrays, ids=table.column("id").to_pylist())

@@ -3,6 +3,7 @@
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -10,9 +11,11 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import HelioError
 from cluster.profile import DataResources
+from cluster.storage import forget, is_mirrored
 
 LOOP_REST_S = 0.01
 """Short against a task of some hundred images, long against a step of the loop."""
@@ -107,6 +110,18 @@ def run_tasks(
             if isinstance(outcome, HelioError):
                 raise outcome
             yield outcome
+
+
+def forget_everywhere(path: Path) -> None:
+    """Let every node delete what its own disk has of a path in a bucket."""
+    asked = [
+        ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=True))(
+            forget
+        ).remote(path)
+        for node in ray.nodes()
+        if node["Alive"] and is_mirrored(path)
+    ]
+    ray.get(asked)
 
 
 def _outcome(work: Callable[[Item], Out], item: Item | HelioError) -> Out | HelioError:

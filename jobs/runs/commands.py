@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import HelioError
+from cluster.storage import name_of
 from cluster.tables import duration_text, size_text, table_text, width_of
 from jobs.runs.comparing import comparison, comparison_lines
 from jobs.runs.lineage import Workspace
@@ -48,7 +49,7 @@ def list_command(names: Sequence[str], storage: Path, limit: int | None, as_json
         text = table_text([head, *rows], numeric=(4, 5, 6), width=width_of(output.results), spare=(1, 6, 5, 3, 8, 4))
         print(text, file=output.results)
     else:
-        print(f"there is no run under {storage / 'runs'}: `helio run` makes one", file=output.messages)
+        print(f"there is no run under {name_of(storage / 'runs')}: `helio run` makes one", file=output.messages)
     for reason in faults.values():
         print(f"helio: {reason}", file=output.messages)
     return 0
@@ -152,7 +153,7 @@ def _plan_lines(plan: Plan, deleted: bool) -> list[str]:
     lines += _kept_lines(plan)
     lines += [f"{path} is left of a prune that was cut off, {size_text(size)}" for path, size in plan.left.items()]
     lines += [
-        f"data set {path.name} would be used by no run any more and stays, {size_text(size)}: {path}"
+        f"data set {path.name} would be used by no run any more and stays, {size_text(size)}: {name_of(path)}"
         for path, size in plan.unused.items()
     ]
     count = f"{len(plan.removals)} run{'' if len(plan.removals) == 1 else 's'}"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import catalog
 from cluster.errors import HelioError
+from cluster.storage import fetch, matching
 from jobs.runs.records import STAGES, RunRecord, read_runs
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Workspace:
 def read_bundles(storage: Path) -> dict[str, dict[str, Any]]:
     """The manifest of each bundle in the storage, by the name of its directory; empty where it has none."""
     found = {}
+    fetch(storage / "bundles", matching("*/manifest.json"))
     for path in sorted((storage / "bundles").glob("[!.]*")):
         try:
             manifest = json.loads((path / "manifest.json").read_text())

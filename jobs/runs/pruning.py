@@ -21,6 +21,7 @@ from typing import Any
 
 from cluster.errors import HelioError
 from cluster.run import CONDUCTED, LOCKS, alone
+from cluster.storage import fetch, is_mirrored, matching, remove, sizes
 from jobs.runs.lineage import Need, Workspace, named_after, owner_of, read_bundles, strings_of, texts_of_damaged
 from jobs.runs.records import RunRecord
 
@@ -175,6 +176,8 @@ def last_change(directory: Path) -> datetime:
 
 def size_of(directory: Path) -> int:
     """Bytes of the files below a directory; links are not followed, and what has several names counts once."""
+    if is_mirrored(directory):
+        return sum(sizes(directory).values())
     total, waiting = 0, [directory]
     seen: set[tuple[int, int]] = set()
     while waiting:
@@ -215,6 +218,7 @@ def _unused(workspace: Workspace, going: Collection[str]) -> dict[Path, int]:
         if workspace.owner(bundle) not in going:
             named |= named_after("datasets", str((manifest.get("lineage") or {}).get("dataset", "")))
     found = {}
+    fetch(workspace.storage / "datasets", matching("*/manifest.json"))
     for path in sorted((workspace.storage / "datasets").glob("[!.]*/manifest.json")):
         # Their names are <recipe>-<key>: which one a run that is at its ingest takes is not known yet.
         if path.parent.name not in named and path.parent.name.rpartition("-")[0] not in at_work:
@@ -263,4 +267,8 @@ def _finish(storage: Path) -> None:
             shutil.rmtree(storage / "bundles" / f".{name}.partial", ignore_errors=True)
             _move_aside(storage / "bundles" / name)
     for path in _set_aside(storage):
-        shutil.rmtree(path)
+        before = path.with_name(path.name.removeprefix(ASIDE))
+        if not before.exists():
+            # What a bucket has was not moved.
+            remove(before)
+        remove(path)

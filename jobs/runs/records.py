@@ -14,8 +14,10 @@ from typing import Any
 from cluster import catalog
 from cluster.cost import totals
 from cluster.errors import HelioError
+from cluster.head import CLAIM, of_head
 from cluster.run import going_on, read_attempts
 from cluster.schema import nearest
+from cluster.storage import fetch, matching, name_of
 from jobs.evaluation.metrics import title
 
 STAGES = tuple(stage.name for stage in catalog.STAGES)
@@ -30,6 +32,10 @@ FIGURES = {
     "ingest": {"images": "written", "rejected files": "rejected"},
 }
 """By stage: what people call a figure, and what the stage's result does. The most telling one comes first."""
+
+
+OF_RECORD = matching("*/run.json", "*/stages/*.json", "*/attempts/*.json", f"*/{CLAIM}")
+"""What is read of a run."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class RunRecord:
         export, state, headline = self.result("export"), self.state, self.headline
         return {
             "run": self.name,
-            "directory": str(self.directory),
+            "directory": name_of(self.directory),
             "recipe": self.recipe_name,
             "recipe_digest": self.document.get("recipe_digest"),
             "state": state.word,
@@ -200,6 +206,7 @@ class RunRecord:
 def read_runs(storage: Path) -> tuple[list[RunRecord], dict[str, str]]:
     """The runs of a workspace, the newest first, and why what lies beside them cannot be read, by name."""
     found, faults = [], {}
+    fetch(storage / "runs", OF_RECORD)
     for directory in _directories(storage):
         try:
             found.append(read_run(directory))
@@ -224,8 +231,9 @@ def read_run(directory: Path) -> RunRecord:
 def find_run(reference: str, storage: Path) -> RunRecord:
     """A run by its name, the one beginning of a name, or its directory. Raises HelioError for none, or several."""
     runs = storage / "runs"
+    fetch(runs, OF_RECORD)
     for directory in (runs / reference, Path(reference)):
-        if reference and (directory / "run.json").is_file():
+        if reference and fetch(directory, of_head) and (directory / "run.json").is_file():
             return read_run(directory.resolve())
     names = [directory.name for directory in _directories(storage)]
     matches = [name for name in names if name.startswith(reference)]
@@ -235,7 +243,7 @@ def find_run(reference: str, storage: Path) -> RunRecord:
         listed = f"{', '.join(sorted(matches)[-5:])}{' and others' if len(matches) > 5 else ''}"
         raise HelioError(f"{reference} is the beginning of {len(matches)} runs: {listed}: give more of one's name")
     close = nearest(reference, names[-5:]).replace("valid keys are", "there are") or ": there is none yet"
-    raise HelioError(f"no run {reference!r} under {runs}{close}")
+    raise HelioError(f"no run {reference!r} under {name_of(runs)}{close}")
 
 
 def _read(path: Path) -> Any:

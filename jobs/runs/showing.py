@@ -1,8 +1,10 @@
 """What `helio runs show` tells of a run."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from cluster.storage import name_of
 from cluster.tables import duration_text, table_text
 from jobs.evaluation.metrics import told
 from jobs.runs.lineage import Workspace
@@ -32,12 +34,12 @@ def described(run: RunRecord, workspace: Workspace) -> dict[str, Any]:
         "stages": [_stage(run, stage) for stage in (*STAGES, "evaluate") if stage in {*run.finished, *run.attempts}],
         "figures": run.figures(),
         "lineage": {
-            "dataset": ingest.get("dataset"),
+            "dataset": _place(ingest.get("dataset")),
             "dataset_fingerprint": ingest.get("fingerprint"),
             "begins_from": {key: value for key, value in starts.items() if value is not None},
-            "checkpoint": pretrain.get("checkpoint"),
-            "search_began_from": tune.get("initial"),
-            "bundle": export.get("bundle"),
+            "checkpoint": _place(pretrain.get("checkpoint")),
+            "search_began_from": _place(tune.get("initial")),
+            "bundle": _place(export.get("bundle")),
             "bundle_digest": export.get("bundle_digest"),
             "versions": [
                 {"model": one.version.model, "version": one.version.version, "aliases": list(one.aliases)}
@@ -52,6 +54,11 @@ def described(run: RunRecord, workspace: Workspace) -> dict[str, Any]:
 def described_lines(found: Mapping[str, Any]) -> list[str]:
     """The same for people."""
     return [*_head(found), "", *_stages(found), "", *_figures(found["figures"]), "", *_lineage(found["lineage"])]
+
+
+def _place(path: str | None) -> str | None:
+    """As it is named on every machine."""
+    return None if path is None else name_of(Path(path))
 
 
 def figure_text(name: str, value: float | None) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.errors import CheckpointError
+from cluster.storage import fetch, local, publish, remove
 from jobs.model.config import ModelConfig
 
 Arrays = list[NDArray[Any]]
@@ -84,7 +85,8 @@ class Checkpoint:
     def open(cls, directory: Path | str) -> "Checkpoint":
         """Open a checkpoint, all of whose files are read once. Raises CheckpointError, naming the file, for one that is
         missing, cut off or altered."""
-        directory = Path(directory)
+        directory = local(directory)
+        fetch(directory)
         for name, (size, digest) in _manifest(directory).items():
             problem = _problem(directory / name, size, digest)
             if problem:
@@ -113,6 +115,7 @@ class Checkpoint:
 
 def read_state(directory: Path) -> State:
     """The state in a checkpoint whose other files are not looked at. Raises CheckpointError."""
+    fetch(directory / STATE)
     try:
         fields = json.loads((directory / STATE).read_text())
         begun = fields.pop("begun")
@@ -124,7 +127,10 @@ def read_state(directory: Path) -> State:
 
 
 def write_checkpoint(directory: Path, state: State, parts: Mapping[str, Arrays]) -> None:
-    """Write a checkpoint that appears whole or not at all, in place of one that is there. Raises OSError."""
+    """Write a checkpoint that appears whole or not at all, in place of one that is there.
+
+    Raises OSError, StorageError.
+    """
     temporary = hidden(directory)
     temporary.mkdir(parents=True)
     try:
@@ -146,6 +152,7 @@ def write_checkpoint(directory: Path, state: State, parts: Mapping[str, Arrays])
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    publish(directory)
 
 
 def hidden(directory: Path) -> Path:
@@ -154,9 +161,13 @@ def hidden(directory: Path) -> Path:
 
 
 def delete(directory: Path) -> None:
-    """Delete a checkpoint; one that was interrupted leaves no half of it under its name. Raises OSError."""
+    """Delete a checkpoint; one that was interrupted leaves no half of it under its name.
+
+    Raises OSError, StorageError.
+    """
     leaving = hidden(directory)
     directory.rename(leaving)
+    remove(directory)
     shutil.rmtree(leaving)
 
 

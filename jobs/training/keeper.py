@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from cluster.errors import CheckpointError
+from cluster.storage import StorageError, fetch, matching, name_of
 from jobs.training.checkpoint import Arrays, Checkpoint, State, delete, read_state, write_checkpoint
 
 Tell = Callable[[str], None]
@@ -42,6 +43,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoints, newest first, whether they are whole or not."""
+        fetch(self.directory, matching("step-*/manifest.json"))
         names = [path.name.removeprefix("step-") for path in self.directory.glob("step-*")]
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
@@ -179,11 +181,12 @@ class Keeper:
         directory, began = self.store.directory, time.monotonic()
         try:
             write_checkpoint(self.store.path(state.step), state, parts)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._lost += 1
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
             self._problem = (
-                f"the checkpoint of step {state.step:,} could not be written to {directory} "
-                f"({error.strerror or error}, {_free(directory)} bytes free)"
+                f"the checkpoint of step {state.step:,} could not be written to {name_of(directory)} "
+                f"({reason}, {_free(directory)} bytes free)"
             )
             self._tell(f"  {self._problem}: training goes on, the checkpoints before it are kept")
             self._written(None)
@@ -196,7 +199,7 @@ class Keeper:
         healthy = int(state.history[-1]["step"]) if state.history else 0
         try:
             self.store.retire(state.step, healthy, self._keep, self._metric)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self._tell(f"  an old checkpoint in {self.store.directory} could not be deleted: {error}")
 
 

@@ -66,7 +66,7 @@ class Assignment:
     remedies: list[tuple[int, float, int]]
     """(First step, factor of the learning rate, warm-up steps) of each time that training went back."""
     checkpoints: str
-    """Directory of this run's checkpoints, which every node sees."""
+    """Directory of this run's checkpoints, in the storage."""
     training: str
     """`State.training` of this run."""
     seed: int

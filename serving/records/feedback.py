@@ -1,4 +1,4 @@
-"""Corrections that users send: on the disk before `Feedback.add` returns.
+"""Corrections that users send: on the disk, or in the bucket, before `Feedback.add` returns.
 
 Callers that come while the disk is at work form a group, whose lines are then written and brought to the disk at once
 (group commit).
@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import HelioError
+from cluster.storage import StorageError, fetch, publish
 from serving.records.hours import file_stem, hour_name, list_hours, to_disk
 from serving.records.identity import pseudonym
 
@@ -126,10 +127,14 @@ class Feedback:
             # The file may end anywhere now. When it is opened anew, what follows begins a line.
             self._close()
             raise
+        try:
+            publish(self._path(hour))
+        except StorageError as error:
+            raise OSError(str(error)) from None
 
     def _open(self, directory: Path) -> int:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"{file_stem(self._replica)}.jsonl"
+        path = self._path(directory.name)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -143,6 +148,9 @@ class Feedback:
             os.close(file)
             raise
         return file
+
+    def _path(self, hour: str) -> Path:
+        return self._root / hour / f"{file_stem(self._replica)}.jsonl"
 
     def _close(self) -> None:
         if self._file is not None:
@@ -158,6 +166,7 @@ def read_feedback(directory: Path) -> pa.Table:
     """
     rows: list[dict[str, Any]] = []
     torn = 0
+    fetch(directory / "feedback")
     for hour in list_hours(directory / "feedback"):
         for path in sorted(hour.glob("[!.]*.jsonl")):
             for line in path.read_bytes().splitlines():

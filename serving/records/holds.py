@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.storage import entries, open_input
 from serving.keys import control_db
 from serving.records.hours import HOUR_S, list_hours
+from serving.records.lookup import record_files
 from serving.rollout.audit import AuditLog
 
 COLUMN = "bundle"
@@ -21,7 +23,7 @@ COLUMN = "bundle"
 
 def held_bundles(storage: Path) -> Iterator[tuple[str, str]]:
     """(directory of a bundle, what would be broken without it, in words) in a workspace."""
-    for directory in sorted((storage / "serving").glob("*/")):
+    for directory in (storage / "serving" / name for name in entries(storage / "serving")):
         yield from _of_answers(directory)
         # What has had no endpoint has no such file, and is not given one.
         if control_db(storage, directory.name).exists():
@@ -31,7 +33,7 @@ def held_bundles(storage: Path) -> Iterator[tuple[str, str]]:
 def _of_answers(directory: Path) -> Iterator[tuple[str, str]]:
     hours: dict[str, list[datetime.datetime]] = {}
     for hour, start in list_hours(directory / "predictions").items():
-        for path in hour.glob("[!.]*.parquet"):
+        for path in record_files(hour):
             for bundle in _bundles_in(path):
                 hours.setdefault(bundle, []).append(start)
     for bundle, starts in hours.items():
@@ -43,7 +45,7 @@ def _of_answers(directory: Path) -> Iterator[tuple[str, str]]:
 def _bundles_in(path: Path) -> set[str]:
     """What stands in the column of a file; nothing where it is damaged: then it leads nowhere."""
     try:
-        with pq.ParquetFile(path, read_dictionary=[COLUMN]) as file:
+        with open_input(path) as stream, pq.ParquetFile(stream, read_dictionary=[COLUMN]) as file:
             found = pc.unique(file.read(columns=[COLUMN]).column(COLUMN)).to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return set()

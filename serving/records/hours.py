@@ -13,6 +13,8 @@ import os
 import re
 from pathlib import Path
 
+from cluster.storage import entries
+
 HOUR = "hour=%Y-%m-%dT%H"
 HOUR_S = 3600
 
@@ -30,10 +32,10 @@ def hour_name(at: float) -> str:
 def list_hours(root: Path) -> dict[Path, datetime.datetime]:
     """The directories of hours and when each begins, UTC, the oldest first."""
     found = {}
-    for path in sorted(root.glob("hour=*")):
+    for name in entries(root):
         # What is named in another way is not ours.
         with contextlib.suppress(ValueError):
-            found[path] = datetime.datetime.strptime(path.name, HOUR).replace(tzinfo=datetime.UTC)
+            found[root / name] = datetime.datetime.strptime(name, HOUR).replace(tzinfo=datetime.UTC)
     return found
 
 

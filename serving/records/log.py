@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import json
 import logging
-import shutil
 import threading
 import time
 from collections import defaultdict
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.run import write_atomic
+from cluster.storage import StorageError, publish, remove
 from jobs.registry import ModelVersion
 from serving.records.config import RecordConfig
 from serving.records.hours import HOUR_S, file_stem, hour_name, list_hours, to_disk
@@ -119,6 +119,7 @@ class PredictionLog:
         self._written = self._dropped = self._reported = 0
         self._hours: dict[str, _Hour] = defaultdict(_Hour)
         self._files = 0
+        self._unpublished: list[Path] = []
         self._flushed, self._failing = time.monotonic(), False
         self._swept = ""
         self._closing = threading.Event()
@@ -208,6 +209,7 @@ class PredictionLog:
             del self._hours[name]
             self._release(hour.size)
             self._written += hour.rows
+        self._publish()
         self._flushed = time.monotonic()
         self._report()
 
@@ -223,6 +225,16 @@ class PredictionLog:
 
         write_atomic(path, write)
         self._files += 1
+        self._unpublished.append(path)
+
+    def _publish(self) -> None:
+        """Bring what is on this node's disk into the bucket, where the storage is one."""
+        try:
+            while self._unpublished:
+                publish(self._unpublished[0])
+                del self._unpublished[0]
+        except StorageError as error:
+            logger.warning("%d files of predictions are on this node alone: %s", len(self._unpublished), error)
 
     def _sweep(self) -> None:
         now = self._clock()
@@ -230,7 +242,7 @@ class PredictionLog:
             self._swept = hour
             try:
                 sweep(self._root, self._settings.keep_days, now)
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 logger.warning("old predictions cannot be deleted: %s", error)
 
     def _lose(self, rows: int, size: int) -> None:
@@ -255,8 +267,7 @@ def sweep(root: Path, keep_days: float, now: float) -> list[Path]:
     limit = datetime.datetime.fromtimestamp(now - keep_days * 86_400 - HOUR_S, datetime.UTC)
     old = [path for path, start in list_hours(root).items() if start < limit]
     for path in old:
-        # Another replica may be sweeping, too.
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     return old
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.storage import entries, fetch, open_input
 from serving.records.hours import HOUR_S, hour_name, list_hours
 from serving.records.identity import time_of
 from serving.records.log import SCHEMA
@@ -66,32 +67,36 @@ def what_is_kept(storage: Path) -> list[Kept]:
     """What there is to be found, by model."""
     kept = []
     for root in _roots(storage):
-        hours = {hour: start for hour, start in list_hours(root).items() if _files([hour])}
-        if hours:
-            starts = list(hours.values())
+        files = {hour: found for hour in list_hours(root) if (found := record_files(hour))}
+        if files:
+            starts = [start for hour, start in list_hours(root).items() if hour in files]
             end = starts[-1] + datetime.timedelta(seconds=HOUR_S)
-            kept.append(Kept(root.parent.name, starts[0], end, _share(_files(hours))))
+            kept.append(Kept(root.parent.name, starts[0], end, _share(list(files.values())[-1])))
     return kept
 
 
 def _roots(storage: Path) -> list[Path]:
-    return sorted((storage / "serving").glob("*/predictions"))
+    return [storage / "serving" / name / "predictions" for name in entries(storage / "serving")]
 
 
-def _files(hours: Iterable[Path]) -> list[Path]:
-    return [path for hour in hours for path in sorted(hour.glob("[!.]*.parquet"))]
+def record_files(hour: Path) -> list[Path]:
+    """The files of all replicas of an hour, whether they are here or only in the bucket."""
+    return [hour / name for name in entries(hour) if name.endswith(".parquet")]
 
 
 def _share(files: list[Path]) -> float:
     for path in reversed(files):
-        with contextlib.suppress(OSError, pa.ArrowException):
-            return float(json.loads(pq.read_schema(path).metadata[b"helio"])["predictions"])
+        with contextlib.suppress(OSError, pa.ArrowException), open_input(path) as file:
+            return float(json.loads(pq.read_schema(file).metadata[b"helio"])["predictions"])
     return 1.0
 
 
 def _search(hours: Iterable[Path], request_id: str) -> Lookup:
     rows: list[dict[str, Any]] = []
-    unreadable = []
+    unreadable, files = [], []
+    for hour in hours:
+        fetch(hour)
+        files += record_files(hour)
 
     def look(path: Path) -> list[dict[str, Any]] | None:
         try:
@@ -101,7 +106,6 @@ def _search(hours: Iterable[Path], request_id: str) -> Lookup:
         except (OSError, pa.ArrowException):
             return None
 
-    files = _files(hours)
     with ThreadPoolExecutor(READERS) as readers:
         for path, found in zip(files, readers.map(look, files), strict=True):
             if found is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from cluster.errors import CheckpointError, DataError, HelioError
+from cluster.storage import entries, fetch
 from jobs.bundle import Bundle
 from jobs.data.dataset import Dataset
 from jobs.registry import Registry, is_there
@@ -76,8 +77,8 @@ def _prediction(row: dict[str, Any]) -> dict[str, Any]:
 
 def _corrections(storage: Path, request_id: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for root in sorted((storage / "serving").glob("*/feedback")):
-        table = read_feedback(root.parent)
+    for model in entries(storage / "serving"):
+        table = read_feedback(storage / "serving" / model)
         own = table.filter(pc.equal(table.column("request_id"), request_id)).drop_columns(["request_id"])
         found += [{**row, "at": _iso(row["at"])} for row in own.to_pylist()]
     return found
@@ -127,6 +128,7 @@ def _run(storage: Path, made: dict[str, Any], notes: list[str]) -> dict[str, Any
     if name is None:
         return None
     directory = storage / "runs" / name
+    fetch(directory / "run.json")
     try:
         versions = json.loads((directory / "run.json").read_text())["versions"]
     except (OSError, ValueError, KeyError):
