@@ -26,8 +26,9 @@ from cluster.plan import kinds_of, need_of, preflight, stages_left, stages_until
 from cluster.profile import load_profile
 from cluster.progress import DOCUMENT, RunProgress
 from cluster.recipe import load_recipe
-from cluster.run import PROGRESS_LOG, Run, create_run, open_run
+from cluster.run import PROGRESS_LOG, Run, create_run, open_run, write_json
 from cluster.session import ray_session
+from cluster.storage import name_of, publish
 from cluster.turns import Claim, Turns
 
 POLL_S = 1.0
@@ -59,10 +60,12 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
         stages = stages_until(recipe, until)
         preflight(recipe, profile, stages)
         run = create_run(recipe, profile, progress, name)
+        write_json(run.directory / submission.SUBMITTED, {"command": command})
+        publish(run.directory)
     submission.check_quota(profile, kinds_of(stages))
     with run.conducted(), run.undisturbed(output):
         progress.keep(run.directory / PROGRESS_LOG)
-        progress.say(f"run {run.name} in {run.directory}")
+        progress.say(f"run {run.name} in {name_of(run.directory)}")
         run.tell_finished(stages)
         with ray_session(profile, kinds_of(stages)):
             code = INTERRUPTED
@@ -159,7 +162,7 @@ class Conductor:
             f"cluster.stage_job {shlex.join(words)}",
             ray.get_runtime_context().runtime_env["working_dir"],
             submission.STOP_S,
-            {submission.RUN: run.name, submission.STAGE: stage.name, submission.STORAGE: str(run.storage)},
+            {submission.RUN: run.name, submission.STAGE: stage.name, submission.STORAGE: run.profile.storage_reference},
         )
 
     def _watch(self, stage: catalog.Stage, job: str) -> tuple[JobDetails, bool]:

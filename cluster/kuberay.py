@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.nodes import Kubernetes, Node, NodeGroup, Nodes, Peer
 from cluster.profile import Profile
+from cluster.storage import PARENT
 
 Object = dict[str, Any]
 
@@ -181,7 +182,7 @@ class KubernetesCluster:
             "securityContext": _container_security(),
             "ports": _ports(METRICS_PORTS),
             "volumeMounts": [
-                {"name": "storage", "mountPath": self.profile.storage},
+                {"name": "storage", "mountPath": PARENT if self.profile.is_in_bucket else self.profile.storage},
                 {"name": "shared-mem", "mountPath": "/dev/shm"},
             ],
         }
@@ -191,7 +192,7 @@ class KubernetesCluster:
         pod: Object = {
             "containers": [container],
             "volumes": [
-                {"name": "storage", "persistentVolumeClaim": {"claimName": self.place.volume_claim}},
+                {"name": "storage", **self._storage()},
                 {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_mb}Mi"}},
             ],
             "securityContext": self._pod_security(),
@@ -208,6 +209,12 @@ class KubernetesCluster:
         if tolerations:
             pod["tolerations"] = tolerations
         return pod
+
+    def _storage(self) -> Object:
+        """A volume that all nodes share; for a bucket the room on each node's own disk where its mirror lies."""
+        if self.profile.is_in_bucket:
+            return {"emptyDir": {}}
+        return {"persistentVolumeClaim": {"claimName": self.place.volume_claim}}
 
     def _submitter(self) -> Object:
         """The pod that hands a RayJob's command to the cluster and shows its log."""

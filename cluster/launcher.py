@@ -44,7 +44,7 @@ def launcher_config(profile: Profile, nodes: Nodes, cloud: Cloud) -> Config:
             "pull_before_run": True,
             "run_options": [
                 "--ulimit=nofile=65536:65536",
-                f"--volume={profile.storage}:{profile.storage}",
+                *([] if profile.is_in_bucket else [f"--volume={profile.storage}:{profile.storage}"]),
                 *(f"--env={name}" for name in profile.secrets),
             ],
         }

@@ -35,7 +35,7 @@ DOWN = "cd ~/.helio/nodes && exec {helio} cluster down --profile {name}.yaml"
 def join(profile: Profile, output: "Output") -> None:
     """Make each machine a node. Raises HelioError where one has not become one; the others have."""
     given = profile.model_dump(exclude_unset=True, exclude={"machines"})
-    own = yaml.safe_dump({**given, "storage": str(profile.storage_path)}, sort_keys=False)
+    own = yaml.safe_dump({**given, "storage": profile.storage_reference}, sort_keys=False)
     token = read_token(profile.name) if profile.auth_mode == "token" else ""
     _on_each(profile, JOIN, f"{token}\n{own}", output)
 

@@ -202,8 +202,8 @@ class Kubernetes(Section):
     """Where KubeRay's operator runs: it must reach the dashboard."""
     service_account: ObjectName | None = None
     """Of the pods, as for access to buckets; none: KubeRay makes one for the head."""
-    volume_claim: ObjectName
-    """The PersistentVolumeClaim (ReadWriteMany) that is mounted as the profile's storage."""
+    volume_claim: ObjectName | None = None
+    """The PersistentVolumeClaim (ReadWriteMany) that is mounted as the profile's storage; none for a bucket."""
     secret: ObjectName | None = None
     """The Secret whose keys are the profile's `secrets`."""
     token_secret: ObjectName | None = None
@@ -218,8 +218,14 @@ class Kubernetes(Section):
     """Who reaches the endpoint."""
     monitoring: Monitoring | None = None
 
-    def check(self, nodes: Nodes, secrets: Sequence[str], image: str | None) -> None:
+    def check(self, nodes: Nodes, secrets: Sequence[str], image: str | None, in_bucket: bool) -> None:
         """Raise ValueError for what a cluster in Kubernetes lacks, or what means nothing there."""
+        if in_bucket != (self.volume_claim is None):
+            raise ValueError(
+                "volume_claim is mounted as a storage that is a directory: leave it out where storage is a bucket"
+                if in_bucket
+                else "volume_claim must be given, too, where storage is a directory: all nodes mount it"
+            )
         if image is None:
             raise ValueError("image must be given, too, where kubernetes is")
         if bool(secrets) != (self.secret is not None):

@@ -26,7 +26,7 @@ def write_package(path: Path, recipe: Recipe | None, profile: Profile) -> int:
                     _add(package, str(file.relative_to(ROOT)), file.read_bytes())
         if recipe is not None:
             _add(package, RECIPE, yaml.safe_dump(recipe.to_dict(), sort_keys=False).encode())
-        there = {**profile.model_dump(exclude_unset=True), "address": "auto", "storage": str(profile.storage_path)}
+        there = {**profile.model_dump(exclude_unset=True), "address": "auto", "storage": profile.storage_reference}
         _add(package, PROFILE, yaml.safe_dump(there, sort_keys=False).encode())
     return path.stat().st_size
 

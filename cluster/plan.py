@@ -1,6 +1,5 @@
 """What a run would do and what it would need, without doing any of it."""
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.recipe import Recipe
 from cluster.session import check_capacity_here
+from cluster.storage import write_fault
 
 if TYPE_CHECKING:
     from cluster.run import Run
@@ -67,16 +67,6 @@ def check(recipe: Recipe, profile: Profile, stages: Iterable[catalog.Stage]) -> 
             catalog.load(stage.check)(recipe, profile)
 
 
-def write_fault(storage: Path) -> str | None:
-    """Why nothing can be written to a storage directory, which is made where there is none; None where it can."""
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=storage).close()
-    except OSError as error:
-        return error.strerror
-    return None
-
-
 def check_storage(profile: Profile) -> None:
     """Raise HelioError where nothing can be written to the profile's storage."""
     if fault := write_fault(profile.storage_path):
@@ -109,7 +99,7 @@ def plan(recipe: Recipe, profile: Profile, until: str) -> dict[str, Any]:
         stages.append({"stage": stage.name, "title": stage.title, "cpus": cpus, "gpus": gpus})
     return {
         "stages": stages,
-        "storage": str(profile.storage_path),
+        "storage": profile.storage_reference,
         "profile": profile.model_dump(),
         "recipe": recipe.to_dict(),
     }

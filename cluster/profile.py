@@ -11,7 +11,9 @@ from pydantic import AfterValidator, Field, model_validator
 from cluster.errors import RecipeError
 from cluster.nodes import Cloud, Kubernetes, Nodes, SecretNames
 from cluster.schema import Section, nearest, read_document, validate
+from cluster.storage import mirror_of, name_of
 
+BUCKET_STORAGE = r"(s3|gs)://[a-z0-9][a-z0-9._-]+(/[A-Za-z0-9_][A-Za-z0-9._=-]*)*/?"
 SHIPPED = Path(__file__).resolve().parent / "profiles"
 
 
@@ -202,7 +204,8 @@ class Profile(Section):
     object_store_gb: float = Field(default=1.0, gt=0.1)
     """Shared memory of a Ray started here, GiB."""
     storage: str = "helio-workspace"
-    """Directory of data sets, runs and the registry; every node must see it under this path."""
+    """Data sets, runs and the registry: a directory that every node sees under this path, or s3://bucket/prefix or
+    gs://bucket/prefix, with credentials from each machine's environment."""
     auth_mode: Literal["disabled", "token"] = "disabled"
     """Ray's own authentication (RAY_AUTH_MODE)."""
     train: TrainResources = TrainResources()
@@ -225,17 +228,28 @@ class Profile(Section):
     cloud: Cloud | None = None
 
     @model_validator(mode="after")
-    def _storage_is_a_directory(self) -> "Profile":
-        if "://" in self.storage:
+    def _storage_is_a_place(self) -> "Profile":
+        if self.is_in_bucket and not re.fullmatch(BUCKET_STORAGE, self.storage):
             raise ValueError(
-                f"storage must be a directory that every node sees, got {self.storage!r}: mount the bucket or use NFS"
+                "storage must be a directory that every node sees, s3://bucket/prefix or gs://bucket/prefix in "
+                f"letters, digits and . _ - =, got {self.storage.rpartition('@')[2]!r}"
             )
         return self
 
     @property
+    def is_in_bucket(self) -> bool:
+        """Whether the storage is a bucket, and the nodes need share no disk."""
+        return "://" in self.storage
+
+    @property
     def storage_path(self) -> Path:
-        """The storage directory, absolute."""
-        return Path(os.path.expanduser(self.storage)).resolve()
+        """The storage directory, absolute; of a bucket, the one that stands for it on each node (cluster.storage)."""
+        return mirror_of(self.storage) if self.is_in_bucket else Path(os.path.expanduser(self.storage)).resolve()
+
+    @property
+    def storage_reference(self) -> str:
+        """The storage as it is named on every machine: an absolute path, or the bucket's URI."""
+        return name_of(self.storage_path)
 
     @model_validator(mode="after")
     def _a_cluster_has_its_own_resources(self) -> "Profile":
@@ -275,10 +289,10 @@ class Profile(Section):
             raise ValueError(
                 f"name must be small letters, digits and dashes, at most 40, where it names a cluster, got {self.name}"
             )
-        if not re.fullmatch(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", self.storage):
+        if not self.is_in_bucket and not re.fullmatch(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", self.storage):
             raise ValueError(f"storage must be a plain absolute path, the same on every node, got {self.storage!r}")
         if self.kubernetes is not None:
-            self.kubernetes.check(self.nodes, self.secrets, self.image)
+            self.kubernetes.check(self.nodes, self.secrets, self.image, self.is_in_bucket)
         if self.cloud is not None:
             self.cloud.check(self.nodes, self.auth_mode)
         self.nodes.check_room(self.units(), self.trials.memory_gb)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from cluster import submission
 from cluster.dashboard import Dashboard, check_room
 from cluster.errors import HelioError
-from cluster.plan import NEED_OF_STAGE, write_fault
+from cluster.plan import NEED_OF_STAGE
 from cluster.profile import Profile, load_profile
 from cluster.run import package_versions
 from cluster.session import check_capacity_here, ray_session
+from cluster.storage import fetch, publish, remove, write_fault
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -56,7 +56,7 @@ def check_command(profile: Profile, as_json: bool, output: "Output") -> int:
 def _local(profile: Profile) -> Iterable[Check]:
     for kind in dict.fromkeys(NEED_OF_STAGE.values()):
         yield _tried(f"room for {kind}", partial(check_capacity_here, profile, [kind]))
-    yield Check(f"storage {profile.storage_path}", storage_fault(profile.storage_path))
+    yield Check(f"storage {profile.storage_reference}", storage_fault(profile))
 
 
 def _cluster(profile: Profile) -> Iterable[Check]:
@@ -65,6 +65,8 @@ def _cluster(profile: Profile) -> Iterable[Check]:
     except HelioError as error:
         yield Check(f"the cluster at {profile.dashboard}", str(error))
         return
+    if profile.is_in_bucket:
+        yield Check(f"storage {profile.storage_reference} from here", storage_fault(profile))
     nodes = dashboard.nodes()
     yield Check(f"the cluster at {dashboard.address} answers, with the same Ray: {len(nodes)} nodes", None)
     for kind in dict.fromkeys(NEED_OF_STAGE.values()):
@@ -83,7 +85,7 @@ def _cluster(profile: Profile) -> Iterable[Check]:
         ]
         mend = f"{'; '.join(others)}: install what constraints.txt pins on both" if others else None
         yield Check(f"{node}: the same versions of Python and packages", mend)
-        yield Check(f"{node}: storage {profile.storage_path}", told["storage"])
+        yield Check(f"{node}: storage {profile.storage_reference}", told["storage"])
         for name in told["missing"]:
             yield Check(f"{node}: secret {name}", f"the variable {name} is not set there: set it where Ray is started")
 
@@ -96,10 +98,14 @@ def _tried(what: str, check: Callable[[], None]) -> Check:
     return Check(what, None)
 
 
-def storage_fault(storage: Path) -> str | None:
-    """Why nothing can be written to a storage directory, or None."""
-    fault = write_fault(storage)
-    return f"it cannot be written ({fault}): mend its rights, or set storage" if fault else None
+def storage_fault(profile: Profile) -> str | None:
+    """Why nothing can be kept in the storage from this machine, or None."""
+    fault = write_fault(profile.storage_path)
+    if fault is None:
+        return None
+    if profile.is_in_bucket:
+        return f"it cannot be read and written there ({fault}): mend that, or set storage"
+    return f"it cannot be written ({fault}): mend its rights, or set storage"
 
 
 def _ask_nodes(dashboard: Dashboard, profile: Profile) -> dict[str, Any]:
@@ -114,15 +120,15 @@ def _ask_nodes(dashboard: Dashboard, profile: Profile) -> dict[str, Any]:
     return found
 
 
-def _look(storage: str, seen: str, secrets: list[str]) -> dict[str, Any]:
+def _look(profile: Profile, seen: Path) -> dict[str, Any]:
     """What one node says."""
-    fault = storage_fault(Path(storage))
-    if fault is None and not Path(seen).exists():
+    fault = storage_fault(profile)
+    if fault is None and not fetch(seen):
         fault = "it is another directory than on the node of the job: mount the same one everywhere"
     return {
         "versions": package_versions(),
         "storage": fault,
-        "missing": [name for name in secrets if name not in os.environ],
+        "missing": [name for name in profile.secrets if name not in os.environ],
     }
 
 
@@ -132,20 +138,24 @@ def main(profile: Profile) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        storage = profile.storage_path
-        fault = storage_fault(storage)
+        fault = storage_fault(profile)
         if fault is not None:
-            raise HelioError(f"storage {storage}: {fault}")
-        with tempfile.NamedTemporaryFile(dir=storage, prefix=".helio-check-") as seen:
+            raise HelioError(f"storage {profile.storage_reference}: {fault}")
+        seen = profile.storage_path / f".helio-check-{uuid.uuid4().hex}"
+        try:
+            seen.touch()
+            publish(seen)
             asked = {}
             for node in ray.nodes():
                 if node["Alive"]:
                     where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                     task = ray.remote(num_cpus=0, scheduling_strategy=where)(_look)
-                    asked[node["NodeName"]] = task.remote(str(storage), seen.name, list(profile.secrets))
+                    asked[node["NodeName"]] = task.remote(profile, seen)
             print(
                 MARK + json.dumps({name: ray.get(told, timeout=WITHIN_S) for name, told in asked.items()}), flush=True
             )
+        finally:
+            remove(seen)
 
 
 if __name__ == "__main__":

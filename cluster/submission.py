@@ -8,6 +8,7 @@ the name would be one of Python's loggers to Ray, which would write the beginnin
 """
 
 import datetime
+import json
 import secrets
 import shlex
 import tempfile
@@ -24,6 +25,7 @@ from cluster.package import PROFILE, write_package
 from cluster.plan import check, kinds_of, stages_until
 from cluster.profile import Profile
 from cluster.recipe import Recipe
+from cluster.storage import fetch
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -41,6 +43,9 @@ RUN, STAGE, COMMAND, STORAGE, PRIORITY = (
     f"helio_{name}" for name in ("run", "stage", "command", "storage", "priority")
 )
 """What the metadata of a job has."""
+
+SUBMITTED = "submitted.json"
+"""What was submitted, in the directory of its run."""
 
 Reached = Dashboard | OwnDashboard
 T = TypeVar("T")
@@ -71,9 +76,15 @@ def submit(dashboard: Dashboard, profile: Profile, recipe: Recipe, command: str,
 
 
 def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
-    """Go on with the run of a job, which has ended, from its last finished stage."""
+    """Go on with the run of a job, which has ended, from its last finished stage; of a job that this cluster does not
+    know, the storage must have the run."""
     _check(profile)
     known = every(dashboard)
+    if not any(one.submission_id == job for one in known):
+        kept = profile.storage_path / "runs" / job / SUBMITTED
+        if fetch(kept):
+            # Another cluster than this one knew it.
+            return _send(dashboard, profile, None, job, job, str(json.loads(kept.read_text())["command"]))
     found = pick(dashboard, known, job)
     run = run_of(found)
     if stage_of(found):
@@ -97,9 +108,10 @@ def send_probe(dashboard: Dashboard, profile: Profile, job: str, module: str) ->
 
 
 def _check(profile: Profile) -> None:
-    if not Path(profile.storage).expanduser().is_absolute():
+    if not profile.is_in_bucket and not Path(profile.storage).expanduser().is_absolute():
         raise HelioError(
-            f"profile {profile.name}: storage must be an absolute path that every node sees, got {profile.storage!r}"
+            f"profile {profile.name}: storage must be an absolute path that every node sees, or a bucket, got "
+            f"{profile.storage!r}"
         )
 
 
@@ -136,7 +148,7 @@ def _pack_and_send(
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory) / "helio.zip"
         size = write_package(package, recipe, profile)
-        send(dashboard, job, words, str(package), stop_s, {**metadata, STORAGE: str(profile.storage_path)})
+        send(dashboard, job, words, str(package), stop_s, {**metadata, STORAGE: profile.storage_reference})
     return size
 
 
