@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tests.cluster.namespaces import BIN, Machine, machines
+from tests.cluster.namespaces import BIN, Machine, machines, own_directory
 
 PROFILE = "lab.yaml"
 CERTIFICATE = Path(".helio/dashboards/lab/certificate.pem")
@@ -51,6 +51,11 @@ class Lab:
         """`helio WORDS --profile …` there, to its end."""
         return machine.run(str(BIN / "helio"), *words, "--profile", PROFILE, more=more, within_s=1800)
 
+    @staticmethod
+    def disk(machine: Machine) -> Path:
+        """What a machine sees as TMPDIR, as it is seen from here."""
+        return own_directory(machine.name)
+
     def start(self, machine: Machine, *words: str) -> "subprocess.Popen[str]":
         """The same, begun only."""
         return machine.start(str(BIN / "helio"), *words, "--profile", PROFILE)
@@ -81,9 +86,21 @@ class Lab:
 
 
 @contextmanager
-def lab(workers: int, directory: Path, cpus: int, spares: int = 0, **fields: Any) -> Iterator[Lab]:
-    """A head node and so many workers, of `cpus` logical CPUs each, and two clients; `fields` are the profile's."""
+def lab(
+    workers: int,
+    directory: Path,
+    cpus: int,
+    spares: int = 0,
+    variables: Callable[[str], Mapping[str, str]] = lambda here: {},
+    **fields: Any,
+) -> Iterator[Lab]:
+    """A head node and so many workers, of `cpus` logical CPUs each, and two clients; `fields` are the profile's.
+
+    `variables`, given the address by which all of them reach this machine, are environment variables of all of them.
+    """
     with machines(workers + spares + 3, directory) as (head, client, other, *others):
+        for machine in (head, client, other, *others):
+            machine.environment.update(variables(f"{machine.address.rpartition('.')[0]}.254"))
         found = Lab(head, others[:workers], client, other, others[workers:], directory / "storage", cpus, fields)
         found.write_profile(head)
         found.up()

@@ -38,7 +38,7 @@ class Machine:
         self, *words: str, more: Mapping[str, str] = {}, output: int | None = subprocess.PIPE
     ) -> "subprocess.Popen[str]":
         """Begin a program there, in the home directory."""
-        shown = f'mount --bind {_directory(self.name)} {self.environment["TMPDIR"]} && exec "$@"'
+        shown = f'mount --bind {own_directory(self.name)} {self.environment["TMPDIR"]} && exec "$@"'
         into = f'echo $$ > {_cgroup(self.name)}/cgroup.procs && exec ip netns exec {self.name} "$@"'
         return subprocess.Popen(
             # `ip netns exec` makes a mount namespace, so that what is mounted is so for this program alone.
@@ -131,7 +131,7 @@ def _machine(name: str, address: str, interface: str, bridge: str, directory: Pa
     (ETC / name / "resolv.conf").write_text("")
     (ETC / name / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
     _cgroup(name).mkdir()
-    _directory(name).mkdir()
+    own_directory(name).mkdir()
     home = directory / name.rpartition("-")[2]
     home.mkdir(parents=True)
     dropped = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -158,7 +158,7 @@ def _remove(owner: int) -> None:
     for name in [path.name for path in RUN.glob(f"{NAMES}{owner}-*")]:
         _kill(name)
         _ip("netns", "delete", name)
-        for directory in (_directory(name), ETC / name):
+        for directory in (own_directory(name), ETC / name):
             shutil.rmtree(directory, ignore_errors=True)
         _remove_cgroup(_cgroup(name))
     # With its namespace an interface would go too, at some later time.
@@ -199,7 +199,7 @@ def _cgroup(name: str) -> Path:
     return next(root for root in CGROUPS if (root / "cgroup.controllers").exists()) / name
 
 
-def _directory(name: str) -> Path:
+def own_directory(name: str) -> Path:
     """What the machine sees as TMPDIR."""
     return Path("/tmp") / name
 

@@ -5,19 +5,28 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cluster.lab import CERTIFICATE, TOKEN, Lab, lab
+from tests.cluster.lab import CERTIFICATE, PROFILE, TOKEN, Lab, lab
 from tests.cluster.namespaces import fault
+from tests.contracts.stores import BUCKET, s3
+
+__all__ = ["s3"]
 
 
 @pytest.fixture(scope="module")
-def nodes(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def nodes(environment: None, s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if (reason := fault()) is not None:
         pytest.skip(reason)
-    with lab(3, tmp_path_factory.mktemp("lab"), cpus=1) as found:
+
+    def variables(here: str) -> dict[str, str]:
+        # What lies below TMPDIR is another directory on each of them.
+        return {"AWS_ENDPOINT_URL": f"http://{here}:{s3}", "HELIO_MIRROR": f"/tmp/hl{os.getpid()}"}
+
+    with lab(3, tmp_path_factory.mktemp("lab"), cpus=1, variables=variables) as found:
         yield found
 
 
@@ -44,6 +53,44 @@ def test_a_job_goes_on_when_its_client_is_killed_and_is_followed_from_another_ma
     assert followed.returncode == 0, followed.stdout + followed.stderr
     assert "1,797 read = 1,797 written" in followed.stdout and followed.stderr == ""
     assert (nodes.storage / "runs" / found[1] / "stages" / "ingest.json").exists()
+
+
+FORGET = """
+import sys
+from cluster import submission
+from cluster.dashboard import Dashboard
+from cluster.profile import load_profile
+dashboard = Dashboard(load_profile(sys.argv[1]))
+for job in submission.every(dashboard):
+    if job.status.is_terminal():
+        dashboard.jobs.delete_job(job.submission_id)
+"""
+
+
+def test_nodes_that_share_no_disk_train_together_from_a_bucket(nodes: Lab, digits: Path) -> None:
+    storage = f"s3://{BUCKET}/nodes"
+    for machine in (nodes.client, nodes.other):
+        nodes.write_profile(machine, storage=storage, train={"workers": 2, "cpus_per_worker": 0.75})
+    checked = nodes.helio(nodes.client, "profile", "check")
+    assert checked.stdout.count(f"storage {storage}\n") == 4 and f"storage {storage} from here" in checked.stdout
+    settings = ["model.width=8", "pretrain.epochs=1", "pretrain.global_batch_size=128", "pretrain.warmup_steps=1"]
+    words = ["quickstart", f"data.source={digits}", "data.rows_per_shard=256", *settings, "--until", "pretrain"]
+    done = nodes.helio(nodes.client, "submit", *words, "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    # Each of the workers that trained has its own copy of what it read, and nobody has what ingest laid aside.
+    disks = [nodes.disk(machine) / "helio-mirror/s3" / BUCKET / "nodes" for machine in (nodes.head, *nodes.workers)]
+    assert sum(any(disk.glob("datasets/*/train/*.parquet")) for disk in disks) >= 2
+    assert not any(any(disk.glob("datasets/.ingest-*/**/*.bin")) for disk in disks)
+    shown = json.loads(nodes.helio(nodes.other, "runs", "list", "--json").stdout)["runs"]
+    assert [(run["state"], run["finished"]) for run in shown] == [("stopped", ["ingest", "pretrain"])]
+    assert not any(path.suffix in (".npz", ".parquet") for path in nodes.disk(nodes.other).rglob("*"))
+    # Another cluster would not know the jobs.
+    forgotten = nodes.other.run("python", "-c", FORGET, PROFILE)
+    assert forgotten.returncode == 0, forgotten.stderr
+    again = nodes.helio(nodes.other, "resubmit", shown[0]["run"], "--follow")
+    assert again.returncode == 0 and "Pre-train: finished before" in again.stdout, again.stdout + again.stderr
+    for machine in (nodes.client, nodes.other):
+        nodes.write_profile(machine)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
