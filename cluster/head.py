@@ -22,6 +22,8 @@ from cluster.progress import DOCUMENT
 from cluster.sqlite import publish_databases
 from cluster.storage import StorageError, fetch, is_mirrored, publish, remove
 
+LOCKS = LOCK, CONDUCTED = "lock", "lock-conducted"
+"""Files of a run's directory whose locks keep other processes of its machine off; see cluster.run.alone."""
 CLAIM = "head.json"
 EVERY_S = 15.0
 GONE_AFTER_S = 60.0
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def of_head(name: str) -> bool:
     """Whether a file of a run, by its name in the directory, is written where the run is conducted."""
-    return not name.startswith(OTHERS) and not name.endswith(".db") and name not in ("lock", CLAIM)
+    return not name.startswith(OTHERS) and not name.endswith(".db") and name not in (*LOCKS, CLAIM)
 
 
 def publish_run(directory: Path) -> None:
