@@ -99,8 +99,9 @@ def lab(
     `variables`, given the address by which all of them reach this machine, are environment variables of all of them.
     """
     with machines(workers + spares + 3, directory) as (head, client, other, *others):
+        more = variables(f"{head.address.rpartition('.')[0]}.254")
         for machine in (head, client, other, *others):
-            machine.environment.update(variables(f"{machine.address.rpartition('.')[0]}.254"))
+            machine.environment.update(more)
         found = Lab(head, others[:workers], client, other, others[workers:], directory / "storage", cpus, fields)
         found.write_profile(head)
         found.up()

@@ -62,7 +62,7 @@ def test_the_storage_goes_by_its_uri_to_other_machines(tmp_path: Path, monkeypat
     assert yaml.safe_load(sent)["storage"] == "s3://bucket/team"
 
 
-def test_a_bucket_that_cannot_be_used_ends_a_command_with_one_line(s3: int, tmp_path: Path) -> None:
+def test_a_bucket_that_cannot_be_used_ends_a_command_with_one_line(s3: None, tmp_path: Path) -> None:
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
         environment = {**os.environ, "HELIO_MIRROR": str(tmp_path)}
         return subprocess.run([HELIO, *words], capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -88,7 +88,7 @@ def test_a_bucket_that_cannot_be_used_ends_a_command_with_one_line(s3: int, tmp_
 
 
 def test_a_run_that_another_machine_is_at_is_left_to_it(
-    s3: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.head.EVERY_S", 0.2)
     monkeypatch.setattr("cluster.head.LOOK_S", 0.2)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,24 @@ import pytest
 
 from tests.cluster.lab import CERTIFICATE, PROFILE, TOKEN, Lab, lab
 from tests.cluster.namespaces import fault
-from tests.contracts.stores import BUCKET, s3
+from tests.contracts.stores import BUCKET, s3, s3_server
 
 __all__ = ["s3"]
 
 
 @pytest.fixture(scope="module")
-def nodes(environment: None, s3: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def nodes(environment: None, s3: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if (reason := fault()) is not None:
         pytest.skip(reason)
+    with ExitStack() as servers:
 
-    def variables(here: str) -> dict[str, str]:
-        # What lies below TMPDIR is another directory on each of them.
-        return {"AWS_ENDPOINT_URL": f"http://{here}:{s3}", "HELIO_MIRROR": f"/tmp/hl{os.getpid()}"}
+        def variables(here: str) -> dict[str, str]:
+            port = servers.enter_context(s3_server(here))
+            # What lies below TMPDIR is another directory on each of them.
+            return {"AWS_ENDPOINT_URL": f"http://{here}:{port}", "HELIO_MIRROR": f"/tmp/hl{os.getpid()}"}
 
-    with lab(3, tmp_path_factory.mktemp("lab"), cpus=1, variables=variables) as found:
-        yield found
+        with lab(3, tmp_path_factory.mktemp("lab"), cpus=1, variables=variables) as found:
+            yield found
 
 
 def test_the_nodes_that_have_joined_are_seen_from_another_machine(nodes: Lab) -> None:

@@ -48,23 +48,28 @@ class Place:
             requests.delete(url + quote(location.path, ""), timeout=10).raise_for_status()
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[int]:
-    """The port of an S3 server on every address of this machine, and the environment that leads to it."""
-    server = ThreadedMotoServer(ip_address="0.0.0.0", port=0, verbose=False)
+@contextmanager
+def s3_server(address: str) -> Iterator[int]:
+    """An S3 server at an address of this machine; yields its port. All of a process have the same buckets."""
+    server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
     server.start()
-    _, port = server.get_host_and_port()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ACCESS_KEY_ID", "key")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            patch.setenv("AWS_REGION", "us-east-1")
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            client = _s3()
-            client.create_bucket(Bucket=BUCKET)
-            yield int(port)
+        yield int(server.get_host_and_port()[1])
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[None]:
+    """An S3 server, and the environment that leads to it."""
+    with s3_server("127.0.0.1") as port, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        client = _s3()
+        client.create_bucket(Bucket=BUCKET)
+        yield
 
 
 def _s3() -> "boto3.client":
