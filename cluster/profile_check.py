@@ -21,7 +21,7 @@ from cluster.plan import NEED_OF_STAGE
 from cluster.profile import Profile, load_profile
 from cluster.run import package_versions
 from cluster.session import check_capacity_here, ray_session
-from cluster.storage import fetch, publish, remove, write_fault
+from cluster.storage import fetch, forget, publish, remove, write_fault
 
 if TYPE_CHECKING:
     from cluster.output import Output
@@ -125,6 +125,8 @@ def _look(profile: Profile, seen: Path) -> dict[str, Any]:
     fault = storage_fault(profile)
     if fault is None and not fetch(seen):
         fault = "it is another directory than on the node of the job: mount the same one everywhere"
+    if profile.is_in_bucket:
+        forget(seen)
     return {
         "versions": package_versions(),
         "storage": fault,
