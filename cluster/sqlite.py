@@ -46,7 +46,7 @@ def publish_database(path: Path) -> None:
             if not path.exists() or not filecmp.cmp(copy, path, shallow=False):
                 copy.replace(path)
                 _take(path)
-                publish(path)
+            publish(path)
         finally:
             forget(copy)
 
