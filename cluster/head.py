@@ -1,7 +1,7 @@
 """What the process that is at a run does where the storage is a bucket: it brings what the run's directory has there,
 again and again and at the end, and keeps other machines off the run.
 
-    <run>/head.json   who is at the run; renewed every quarter of a minute, and gone with it
+    <run>/head-<lock>.json   who has a lock of the run; renewed every quarter of a minute, and gone with it
 
 Whoever finds one that is not renewed for a minute takes the run for free. It is no lock: a bucket has none.
 """
@@ -22,9 +22,7 @@ from cluster.progress import DOCUMENT
 from cluster.sqlite import publish_databases
 from cluster.storage import StorageError, fetch, is_mirrored, publish, remove
 
-LOCKS = LOCK, CONDUCTED = "lock", "lock-conducted"
-"""Files of a run's directory whose locks keep other processes of its machine off; see cluster.run.alone."""
-CLAIM = "head.json"
+CLAIMS = "head-*.json"
 EVERY_S = 15.0
 GONE_AFTER_S = 60.0
 LOOK_S = 2.0
@@ -36,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def of_head(name: str) -> bool:
     """Whether a file of a run, by its name in the directory, is written where the run is conducted."""
-    return not name.startswith(OTHERS) and not name.endswith(".db") and name not in (*LOCKS, CLAIM)
+    return not name.startswith(OTHERS) and not name.endswith(".db") and not name.startswith(("lock", "head-"))
 
 
 def publish_run(directory: Path) -> None:
@@ -77,12 +75,12 @@ def published(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
 
 
 @contextmanager
-def claimed(directory: Path) -> Iterator[None]:
-    """Keep other machines off the run in this directory. Raises HelioError where one is at it."""
+def claimed(directory: Path, lock: str) -> Iterator[None]:
+    """Keep other machines off this lock of the run in this directory. Raises HelioError where one has it."""
     if not is_mirrored(directory):
         yield
         return
-    path = directory / CLAIM
+    path = directory / CLAIMS.replace("*", lock)
     _wait_for_others(path)
     own = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
 
@@ -112,7 +110,11 @@ def is_claimed(directory: Path) -> bool:
     """Whether another machine is at a run, by what was fetched of it."""
     if not is_mirrored(directory):
         return False
-    path = directory / CLAIM
+    return any(_is_fresh(path) for path in directory.glob(CLAIMS))
+
+
+def _is_fresh(path: Path) -> bool:
+    """Whether another machine has lately renewed what this one has fetched."""
     try:
         return _host(path) != socket.gethostname() and time.time() - path.stat().st_mtime < GONE_AFTER_S
     except FileNotFoundError:
@@ -120,7 +122,7 @@ def is_claimed(directory: Path) -> bool:
 
 
 def _wait_for_others(path: Path) -> None:
-    if not fetch(path) or not is_claimed(path.parent):
+    if not fetch(path) or not _is_fresh(path):
         return
     host, seen = _host(path), path.stat().st_mtime
     deadline = seen + GONE_AFTER_S

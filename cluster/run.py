@@ -31,7 +31,7 @@ from cluster import catalog
 from cluster.code import code_digest, code_version
 from cluster.cost import Attempt, Meter, total, totals, utc_now
 from cluster.errors import HelioError
-from cluster.head import CONDUCTED, LOCK, LOCKS, claimed, is_claimed, of_head, publish_run, published
+from cluster.head import claimed, is_claimed, of_head, publish_run, published
 from cluster.metrics import Metrics
 from cluster.output import Output
 from cluster.plan import check_storage
@@ -45,6 +45,7 @@ from cluster.storage import MARKERS, fetch, matching, name_of, publish
 PROGRESS_LOG = "progress.log"
 PACKAGES = ("helio", "ray", "tensorflow", "keras", "optuna", "pyarrow", "numpy", "mlflow")
 ATTEMPTS = "attempts"
+LOCKS = LOCK, CONDUCTED = "lock", "lock-conducted"
 LOCK_WAIT_S = 1.0
 """Who only looks whether a run is going on has its lock for less."""
 
@@ -270,8 +271,7 @@ def alone(directory: Path, name: str = LOCK) -> Iterator[None]:
         if not (directory / name).exists():
             gone = f"run {directory.name} has been deleted meanwhile"
             raise HelioError(f"{gone}: `helio runs list` lists those there are")
-        # What holds the other lock is begun by who holds this one, on the same machine.
-        with claimed(directory) if name == CONDUCTED else nullcontext():
+        with claimed(directory, name):
             yield
 
 

@@ -80,7 +80,7 @@ def resubmit(dashboard: Dashboard, profile: Profile, job: str) -> Submitted:
     know, the storage must have the run."""
     _check(profile)
     known = every(dashboard)
-    if not any(one.submission_id == job for one in known):
+    if job not in [one.submission_id for one in known]:
         kept = profile.storage_path / "runs" / job / SUBMITTED
         if fetch(kept):
             # Another cluster than this one knew it.

@@ -16,14 +16,14 @@ from cluster.errors import HelioError
 from cluster.sqlite import open_database, publish_database
 from jobs.bundle import Bundle
 
-DATABASE = "mlflow.db"
+FILE = "mlflow.db"
 SCHEME = "helio://"
 """Of a bundle's path in the registry: an MLflow server refuses plain paths that are not under its own artifacts."""
 
 
 def tracking_uri(storage: Path) -> str:
     """Where MLflow keeps runs and models."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{open_database(storage / DATABASE)}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{open_database(storage / FILE)}"
 
 
 def mlflow_client(storage: Path) -> Any:
@@ -31,8 +31,9 @@ def mlflow_client(storage: Path) -> Any:
     import mlflow
 
     uri = tracking_uri(storage)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        _make_database(Path(uri.removeprefix("sqlite:///")))
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and database.parent == storage and not database.exists():
+        _make_database(database)
     return mlflow.MlflowClient(uri, uri)
 
 
@@ -40,8 +41,7 @@ def _make_database(path: Path) -> None:
     """Whole or not at all: MLflow cannot go on with a file in whose making it was killed."""
     import mlflow
 
-    if path.exists():
-        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=".mlflow-") as directory:
         begun, whole = Path(directory) / "begun.db", Path(directory) / "whole.db"
         mlflow.MlflowClient(f"sqlite:///{begun}")
@@ -77,7 +77,7 @@ class Registered:
 
 def is_there(storage: Path) -> bool:
     """Whether there is a registry to ask; asking makes one."""
-    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or open_database(storage / DATABASE).exists()
+    return bool(os.environ.get("MLFLOW_TRACKING_URI")) or open_database(storage / FILE).exists()
 
 
 class Registry:
@@ -86,7 +86,7 @@ class Registry:
     def __init__(self, storage: Path) -> None:
         import mlflow
 
-        self._uri, self._database = tracking_uri(storage), storage / DATABASE
+        self._uri, self._database = tracking_uri(storage), storage / FILE
         self._client = mlflow_client(storage)
         self._missing: Any = mlflow.exceptions.MlflowException
 

@@ -146,9 +146,9 @@ class Control:
 
     async def follow(self, known: View | None) -> View:
         """What replicas are to do of the roll-out, as soon as it is something else than `known`; or after a while."""
-        self._name_promoted()
         if self._publishing is None:
             self._publishing = asyncio.create_task(self._publish_again_and_again())
+        self._name_promoted()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FOLLOW_S):
                 while (view := self._director.view) == known:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster import catalog
 from cluster.dashboard import Dashboard
-from cluster.head import CLAIM
+from cluster.head import CLAIMS
 from cluster.progress import DOCUMENT
 from cluster.run import going_on
 from cluster.storage import fetch, matching
@@ -80,7 +80,7 @@ def read_runs(storage: Path, jobs: Sequence[Job]) -> list[RunView]:
     by_run: dict[str, list[Job]] = {}
     for job in jobs:
         by_run.setdefault(job.run, []).append(job)
-    fetch(storage / "runs", matching("*/run.json", "*/stages/*.json", f"*/{DOCUMENT}", f"*/{CLAIM}"))
+    fetch(storage / "runs", matching("*/run.json", "*/stages/*.json", f"*/{DOCUMENT}", f"*/{CLAIMS}"))
     alone = {path.parent.name for path in (storage / "runs").glob("[!.]*/run.json") if going_on(path.parent)}
     views = [_run(storage / "runs" / name, by_run.get(name, []), name in alone) for name in {*by_run, *alone}]
     shown = [view for view in views if view.ended is None or time.time() - view.ended < ENDED_S]

@@ -52,7 +52,7 @@ def evaluate_command(run: Run, as_json: bool, output: "Output") -> int:
 
 def evaluate_run(run: Run, output: "Output") -> dict[str, Any]:
     """Evaluate a run, write evaluation.json and the report, and return the document. Raises HelioError as above."""
-    with run.conducted(), run.alone():
+    with run.alone():
         protocol = Protocol(run)
         check_capacity_here(run.profile, [KIND])
         with run.undisturbed(output):

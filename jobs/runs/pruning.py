@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import HelioError
-from cluster.head import CONDUCTED, LOCKS
-from cluster.run import alone
+from cluster.run import CONDUCTED, LOCKS, alone
 from cluster.storage import fetch, is_mirrored, matching, remove, sizes
 from jobs.runs.lineage import Need, Workspace, named_after, owner_of, read_bundles, strings_of, texts_of_damaged
 from jobs.runs.records import RunRecord

@@ -14,7 +14,7 @@ from typing import Any
 from cluster import catalog
 from cluster.cost import totals
 from cluster.errors import HelioError
-from cluster.head import CLAIM, of_head
+from cluster.head import CLAIMS, of_head
 from cluster.run import going_on, read_attempts
 from cluster.schema import nearest
 from cluster.storage import fetch, matching, name_of
@@ -34,7 +34,7 @@ FIGURES = {
 """By stage: what people call a figure, and what the stage's result does. The most telling one comes first."""
 
 
-OF_RECORD = matching("*/run.json", "*/stages/*.json", "*/attempts/*.json", f"*/{CLAIM}")
+OF_RECORD = matching("*/run.json", "*/stages/*.json", "*/attempts/*.json", f"*/{CLAIMS}")
 """What is read of a run."""
 
 

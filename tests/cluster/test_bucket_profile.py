@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cluster.errors import HelioError
-from cluster.head import CLAIM, claimed
+from cluster.head import claimed
 from cluster.package import PROFILE, write_package
 from cluster.profile import load_profile
 from cluster.run import alone, going_on, open_run
@@ -103,7 +103,7 @@ def test_a_run_that_another_machine_is_at_is_left_to_it(
     publish(places["there"])
     fetch(places["here"])
     monkeypatch.setattr("socket.gethostname", lambda: "there")
-    with claimed(places["there"]):
+    with claimed(places["there"], "lock"):
         monkeypatch.setattr("socket.gethostname", lambda: "here")
         time.sleep(1.2)
         assert fetch(places["here"]) and going_on(places["here"])
@@ -111,8 +111,8 @@ def test_a_run_that_another_machine_is_at_is_left_to_it(
             pass
         monkeypatch.setattr("socket.gethostname", lambda: "there")
     fetch(places["here"])
-    assert not (places["here"] / CLAIM).exists() and not going_on(places["here"])
+    assert not (places["here"] / "head-lock.json").exists() and not going_on(places["here"])
     with alone(places["here"]):
-        assert (places["here"] / CLAIM).exists()
+        assert (places["here"] / "head-lock.json").exists()
     with pytest.raises(HelioError, match=r"no run 'two' under s3://.*: there are one$"):
         open_run("two", load_profile("local", [storage]))

@@ -20,12 +20,11 @@ from typing import Any
 import pytest
 
 from cluster.errors import HelioError
-from cluster.head import LOCKS
 from cluster.output import Output
 from cluster.profile import load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
-from cluster.run import Run, create_run, write_json
+from cluster.run import LOCKS, Run, create_run, write_json
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from jobs.runs import pruning
