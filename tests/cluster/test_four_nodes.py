@@ -44,20 +44,6 @@ def test_the_nodes_that_have_joined_are_seen_from_another_machine(nodes: Lab) ->
     assert json.loads(here.stdout)["here"] == "worker"
 
 
-def test_a_job_goes_on_when_its_client_is_killed_and_is_followed_from_another_machine(nodes: Lab) -> None:
-    first = nodes.start(nodes.client, "submit", "quickstart", "--until", "ingest", "--follow")
-    assert first.stderr is not None
-    sent = first.stderr.readline()
-    nodes.client.kill()
-    first.communicate()
-    found = re.search(r"; run (\S+);", sent)
-    assert found is not None, sent
-    followed = nodes.helio(nodes.other, "logs", found[1], "-f")
-    assert followed.returncode == 0, followed.stdout + followed.stderr
-    assert "1,797 read = 1,797 written" in followed.stdout and followed.stderr == ""
-    assert (nodes.storage / "runs" / found[1] / "stages" / "ingest.json").exists()
-
-
 FORGET = """
 import sys
 from cluster import submission
@@ -136,3 +122,19 @@ def test_up_mends_the_https_of_a_dashboard(nodes: Lab) -> None:
     said = nodes.up()
     assert "already" in said and f"its dashboard is at https://{nodes.head.address}:8265 again" in said
     assert nodes.helio(nodes.client, "jobs").returncode == 0
+
+
+def test_a_job_goes_on_when_its_client_is_killed_and_is_followed_from_another_machine(nodes: Lab) -> None:
+    for machine in (nodes.client, nodes.other):
+        nodes.write_profile(machine)
+    first = nodes.start(nodes.client, "submit", "quickstart", "--until", "ingest", "--follow")
+    assert first.stderr is not None
+    sent = first.stderr.readline()
+    nodes.client.kill()
+    first.communicate()
+    found = re.search(r"; run (\S+);", sent)
+    assert found is not None, sent
+    followed = nodes.helio(nodes.other, "logs", found[1], "-f")
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "1,797 read = 1,797 written" in followed.stdout and followed.stderr == ""
+    assert (nodes.storage / "runs" / found[1] / "stages" / "ingest.json").exists()
