@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two of these at once would share one machine, and a benchmark would measure the other.
 .NOTPARALLEL:
 
-.PHONY: install demo test check bench $(BENCHMARKS:%=bench-%) clean
+.PHONY: install demo test test-long check bench $(BENCHMARKS:%=bench-%) clean
 
 install: $(INSTALLED)
 
@@ -24,7 +24,10 @@ demo: install
 	$(BIN)/helio run quickstart
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not long"
+
+test-long: install
+	$(BIN)/pytest -m long
 
 check: install
 	$(BIN)/ruff check

@@ -56,6 +56,7 @@ for job in submission.every(dashboard):
 """
 
 
+@pytest.mark.long
 def test_nodes_that_share_no_disk_train_together_from_a_bucket(nodes: Lab, digits: Path) -> None:
     storage = f"s3://{BUCKET}/nodes"
     for machine in (nodes.client, nodes.other):

@@ -158,6 +158,7 @@ def test_a_job_goes_on_when_its_client_is_killed_and_another_follows_it(cluster:
     assert re.search(r"^state +succeeded$", shown, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, make_run: MakeRun) -> None:
     """It ends as it would have ended."""
     profile = cluster.profile()

@@ -93,6 +93,7 @@ def found(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_is_gone_on_with_and_served_from_empty_disks(
     site: Site, few: Path, make_run: MakeRun
 ) -> None:
