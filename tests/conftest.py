@@ -16,6 +16,9 @@ from cluster.recipe import load_recipe
 from cluster.run import Run, create_run
 from cluster.session import ray_session, session_environment
 
+pytest_plugins = ["tests.contracts.stores"]
+"""Its stores are the same for all modules, since a process keeps what it has opened."""
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 MakeRun = Callable[..., Run]

@@ -16,9 +16,7 @@ from cluster.package import PROFILE, write_package
 from cluster.profile import load_profile
 from cluster.run import alone, going_on, open_run
 from cluster.storage import fetch, publish
-from tests.contracts.stores import BUCKET, s3
-
-__all__ = ["s3"]
+from tests.contracts.stores import BUCKET
 
 HELIO = str(Path(sys.executable).with_name("helio"))
 CPU = Path(__file__).parent / "profiles" / "cpu.yaml"

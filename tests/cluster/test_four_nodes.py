@@ -13,9 +13,7 @@ import pytest
 
 from tests.cluster.lab import CERTIFICATE, PROFILE, TOKEN, Lab, lab
 from tests.cluster.namespaces import fault
-from tests.contracts.stores import BUCKET, s3, s3_server
-
-__all__ = ["s3"]
+from tests.contracts.stores import BUCKET, s3_server
 
 
 @pytest.fixture(scope="module")

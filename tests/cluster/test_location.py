@@ -10,9 +10,7 @@ import pytest
 from cluster.errors import DataError
 from cluster.location import Location, ReadError
 from cluster.session import free_ports
-from tests.contracts.stores import BUCKET, Place, QuietHandler, gs, place, s3, web_server
-
-__all__ = ["gs", "place", "s3"]
+from tests.contracts.stores import BUCKET, Place, QuietHandler, web_server
 
 
 @pytest.mark.parametrize("place", ["disk", "s3", "gs"], indirect=True)

@@ -17,9 +17,7 @@ from cluster.errors import HelioError
 from cluster.session import free_ports
 from cluster.sqlite import open_database, publish_database
 from cluster.storage import fetch, matching, mirror_of, name_of, publish, remove, sizes
-from tests.contracts.stores import BUCKET, gs, s3
-
-__all__ = ["gs", "s3"]
+from tests.contracts.stores import BUCKET
 
 Node = Callable[[str], Path]
 

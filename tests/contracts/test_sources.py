@@ -23,9 +23,7 @@ from jobs.data.config import DataConfig
 from jobs.data.sources import tfrecord
 from jobs.data.sources.contract import Record, Source
 from jobs.data.sources.open import open_source
-from tests.contracts.stores import Place, gs, place, s3
-
-__all__ = ["gs", "place", "s3"]
+from tests.contracts.stores import Place
 
 
 @dataclass(frozen=True)
