@@ -173,7 +173,7 @@ class Conductor:
         gave_way = False
         try:
             relay.start()
-            while not (details := self._details(job)).status.is_terminal():
+            while not (details := submission.patient_details(self._dashboard, job)).status.is_terminal():
                 turn = self._turns.ask(self._claim(stage, is_going=True))
                 if turn.kind == "give way" and not gave_way:
                     gave_way = True
@@ -188,9 +188,6 @@ class Conductor:
         # What it told last, where it was killed.
         (self._run.directory / DOCUMENT).unlink(missing_ok=True)
         return details, gave_way
-
-    def _details(self, job: str) -> JobDetails:
-        return submission.patiently(lambda: submission.details(self._dashboard, job))
 
     def _say(self, text: str) -> None:
         self._run.progress.say(text)

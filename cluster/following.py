@@ -21,23 +21,17 @@ def follow(dashboard: submission.Reached, job: str, output: Output, own: bool = 
     """
     printer, broken = _Printer(output, own), None
     while True:
-        # What it has printed before it ended is all there is.
-        is_over = _details(dashboard, job).status.is_terminal()
         try:
             for text in submission.texts(dashboard, job):
                 broken = None if printer.show(text) else broken
-            if is_over or _details(dashboard, job).status.is_terminal():
-                return _details(dashboard, job)
+            if (details := submission.patient_details(dashboard, job)).status.is_terminal():
+                return details
         except HelioError:
             broken = broken or time.monotonic()
             if time.monotonic() - broken > submission.PATIENCE_S:
                 raise
         printer.begin_again()
         time.sleep(submission.POLL_S)
-
-
-def _details(dashboard: submission.Reached, job: str) -> "JobDetails":
-    return submission.patiently(lambda: submission.details(dashboard, job))
 
 
 class _Printer:

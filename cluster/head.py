@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from cluster.errors import HelioError
 from cluster.progress import DOCUMENT
+from cluster.repeating import repeated
 from cluster.sqlite import publish_databases
 from cluster.storage import StorageError, fetch, is_mirrored, publish, remove
 
@@ -61,7 +61,7 @@ def published(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
             logger.warning("%s: tried again in %g s", error, EVERY_S)
 
     try:
-        with _repeated(work):
+        with repeated(work, EVERY_S, "publishing"):
             yield
     except BaseException:
         try:
@@ -96,7 +96,7 @@ def claimed(directory: Path, lock: str) -> Iterator[None]:
 
     renew()
     try:
-        with _repeated(work):
+        with repeated(work, EVERY_S, "publishing"):
             yield
     finally:
         if directory.is_dir():
@@ -136,20 +136,3 @@ def _wait_for_others(path: Path) -> None:
 
 def _host(path: Path) -> str:
     return str(json.loads(path.read_text())["host"])
-
-
-@contextmanager
-def _repeated(work: Callable[[], None]) -> Iterator[None]:
-    stop = threading.Event()
-
-    def run() -> None:
-        while not stop.wait(EVERY_S):
-            work()
-
-    thread = threading.Thread(target=run, name="publishing", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -199,6 +199,11 @@ def details(dashboard: Reached, job: str) -> "JobDetails":
     return found
 
 
+def patient_details(dashboard: Reached, job: str) -> "JobDetails":
+    """The same, also while the dashboard starts anew. Raises HelioError when that takes too long."""
+    return patiently(lambda: details(dashboard, job))
+
+
 def run_of(job: "JobDetails") -> str:
     """The name of a job's run."""
     return str((job.metadata or {})[RUN])
@@ -239,7 +244,7 @@ def _end(dashboard: Reached, jobs: Sequence["JobDetails"]) -> list["JobDetails"]
 def wait(dashboard: Reached, job: str, within_s: float = float("inf")) -> "JobDetails":
     """A job that is known to be there, once it has ended. Raises HelioError when that takes longer than `within_s`."""
     deadline = time.monotonic() + within_s
-    while not (found := patiently(lambda: details(dashboard, job))).status.is_terminal():
+    while not (found := patient_details(dashboard, job)).status.is_terminal():
         if time.monotonic() > deadline:
             raise HelioError(f"job {job} has not ended within {within_s:g} s: it goes on")
         time.sleep(POLL_S)

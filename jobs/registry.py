@@ -86,8 +86,8 @@ class Registry:
     def __init__(self, storage: Path) -> None:
         import mlflow
 
-        self._uri, self._database = tracking_uri(storage), storage / FILE
-        self._client = mlflow_client(storage)
+        self._client, self._database = mlflow_client(storage), storage / FILE
+        self._uri = self._client.tracking_uri
         self._missing: Any = mlflow.exceptions.MlflowException
 
     def register(self, model: str, bundle: Bundle, tags: dict[str, str]) -> ModelVersion:

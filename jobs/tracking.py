@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.run import Run, write_json
-from jobs.registry import mlflow_client, tracking_uri
+from jobs.registry import mlflow_client
 
 PARENT, STAGE, TRIAL = "mlflow.parentRunId", "helio.stage", "helio.trial"
 TOGETHER_S = 2.0
@@ -149,7 +149,7 @@ class Tracker:
     def _run_id(self, client: Any) -> str:
         """The MLflow run that this run began before, or a new one."""
         record = self._run.directory / "mlflow_run"
-        uri = tracking_uri(self._run.storage)
+        uri = client.tracking_uri
         if record.exists():
             began = json.loads(record.read_text())
             # Another server knows nothing of it.

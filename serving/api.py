@@ -23,7 +23,6 @@ Where keys are on, all but the last three want one with the scope of SCOPE_OF.
 import asyncio
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from serving.config import ServeConfig
 from serving.correction import read_correction
 from serving.gate import GatedRequest
 from serving.link import Link
+from serving.metrics.families import route_of
 from serving.metrics.replica import Metrics
 from serving.models import Shelf
 from serving.open_inference import OpenInference
@@ -370,20 +370,6 @@ def _about(told: Inquiry) -> dict[str, Any]:
     """What each answer says of itself."""
     assert told.served is not None
     return {"request_id": told.request_id, "model": told.served.identity}
-
-
-_VARIABLE = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?|^/page/[^/]+$")
-
-
-def route_of(path: str) -> str:
-    """Paths of all models and versions, and those of the page's files, are one in the metrics."""
-    return _VARIABLE.sub(_template, path)
-
-
-def _template(found: re.Match[str]) -> str:
-    if found[0].startswith("/page/"):
-        return "/page/{file}"
-    return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")
 
 
 def _switch(name: str, text: str) -> bool:

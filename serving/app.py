@@ -19,11 +19,11 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
-from serving.api import Api, Desk, route_of
+from serving.api import Api, Desk
 from serving.config import ServeConfig
 from serving.gate import RequestGate, replica_environment
 from serving.link import Link
-from serving.metrics.families import NO_ARM, Snapshot
+from serving.metrics.families import NO_ARM, Snapshot, route_of
 from serving.metrics.replica import Metrics
 from serving.models import Shelf
 from serving.open_inference_grpc import InferenceService

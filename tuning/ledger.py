@@ -6,12 +6,12 @@ its directory. So nothing is counted twice, and nothing that the sampler knew is
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,6 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from cluster.errors import HelioError
+from cluster.repeating import repeated
 from cluster.run import write_atomic
 from cluster.storage import fetch, publish
 from jobs.evaluation.metrics import Metric, better
@@ -84,28 +85,22 @@ class Ledger:
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
         """Show the other drivers that this one lives, for the length of the block."""
-        stop = threading.Event()
+        numbers = itertools.count()
 
         def sign(number: int) -> None:
             self.study.set_user_attr(f"driver:{self._own}", {"sign": number, "busy_s": self.busy_s})
 
         def beat() -> None:
-            number = 0
-            while not stop.wait(BEAT_S):
-                number += 1
-                try:
-                    sign(number)
-                except Exception:  # the next sign may get through; a database that is gone ends the search elsewhere
-                    logging.getLogger(__name__).exception("no sign of life could be given")
+            try:
+                sign(next(numbers))
+            except Exception:  # the next sign may get through; a database that is gone ends the search elsewhere
+                logging.getLogger(__name__).exception("no sign of life could be given")
 
-        sign(0)
-        thread = threading.Thread(target=beat, name="alive", daemon=True)
-        thread.start()
+        sign(next(numbers))
         try:
-            yield
+            with repeated(beat, BEAT_S, "alive"):
+                yield
         finally:
-            stop.set()
-            thread.join()
             # Trials that this driver leaves behind are free at once.
             sign(GONE)
 

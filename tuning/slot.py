@@ -9,7 +9,6 @@ import faulthandler
 import os
 import re
 import socket
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import IO, Any, Protocol
 from ray import tune
 
 from cluster.errors import HelioError
+from cluster.repeating import repeated
 from cluster.storage import fetch, publish
 from tuning.trial import Epoch, Failure
 
@@ -149,23 +149,19 @@ TOO_MUCH = "too much memory"
 @contextmanager
 def memory_watched(limit_gb: float | None, log: IO[str]) -> Iterator[None]:
     """End this process where the block takes more memory of its own, and leave in the log how much."""
-    done = threading.Event()
+    if limit_gb is None:
+        yield
+        return
 
     def look() -> None:
-        while limit_gb is not None and not done.wait(LOOK_S):
-            if (taken := own_memory_gb()) > limit_gb:
-                print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit_gb:g}", file=log, flush=True)
-                with contextlib.suppress(HelioError):
-                    publish(Path(log.name))
-                os._exit(1)
+        if (taken := own_memory_gb()) > limit_gb:
+            print(f"{TOO_MUCH}: {taken:.1f} GiB of {limit_gb:g}", file=log, flush=True)
+            with contextlib.suppress(HelioError):
+                publish(Path(log.name))
+            os._exit(1)
 
-    watcher = threading.Thread(target=look, name="memory", daemon=True)
-    watcher.start()
-    try:
+    with repeated(look, LOOK_S, "memory"):
         yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def open_log(config: dict[str, Any]) -> Any:

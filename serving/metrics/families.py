@@ -1,5 +1,6 @@
 """The metrics, their labels and what these may say; and the form in which counts travel."""
 
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -175,3 +176,17 @@ class Snapshot(TypedDict):
 def cell_of(counts: Counts, name: str, *labels: str) -> list[int]:
     """The numbers of a series, made at its first use."""
     return counts.setdefault((name, labels), [0] * FAMILIES[name].width)
+
+
+_VARIABLE = re.compile("^/v2/models/[^/]+(/versions/[^/]+)?|^/page/[^/]+$")
+
+
+def route_of(path: str) -> str:
+    """Paths of all models and versions, and those of the page's files, are one in the metrics."""
+    return _VARIABLE.sub(_template, path)
+
+
+def _template(found: re.Match[str]) -> str:
+    if found[0].startswith("/page/"):
+        return "/page/{file}"
+    return "/v2/models/{name}" + ("/versions/{version}" if found[1] else "")

@@ -67,9 +67,10 @@ def what_is_kept(storage: Path) -> list[Kept]:
     """What there is to be found, by model."""
     kept = []
     for root in _roots(storage):
-        files = {hour: found for hour in list_hours(root) if (found := record_files(hour))}
+        hours = list_hours(root)
+        files = {hour: found for hour in hours if (found := record_files(hour))}
         if files:
-            starts = [start for hour, start in list_hours(root).items() if hour in files]
+            starts = [hours[hour] for hour in files]
             end = starts[-1] + datetime.timedelta(seconds=HOUR_S)
             kept.append(Kept(root.parent.name, starts[0], end, _share(list(files.values())[-1])))
     return kept
