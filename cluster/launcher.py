@@ -1,5 +1,6 @@
 """What Ray's cluster launcher (`ray up`) makes a cluster from, in a cloud or on machines that are there already."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.nodes import Cloud, Node, NodeGroup, Nodes
@@ -16,10 +17,11 @@ AZURE_IMAGE = "microsoft-dsvm:ubuntu-2204:2204-gen2:latest"
 """Ray's own choice."""
 
 
-def launcher_config(profile: Profile, nodes: Nodes, cloud: Cloud) -> Config:
-    """The launcher's configuration. Secrets and the token stand in it by name and by path."""
-    environment = f"RAY_AUTH_MODE={profile.auth_mode} RAY_USAGE_STATS_ENABLED=0"
-    start = f"ulimit -n 65536; {environment} ray start"
+def launcher_config(profile: Profile, nodes: Nodes, cloud: Cloud, environment: Mapping[str, str]) -> Config:
+    """The launcher's configuration, with `environment` for every node. Secrets and the token stand in it by name and by
+    path."""
+    variables = " ".join(f"{name}={value}" for name, value in environment.items())
+    start = f"ulimit -n 65536; {variables} ray start"
     config: Config = {
         "cluster_name": profile.name,
         "max_workers": sum(group.max_nodes for group in nodes.groups.values()),

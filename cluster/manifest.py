@@ -6,7 +6,7 @@
 It names secrets and never holds one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 47
 """KubeRay's bound for a RayJob or a RayService."""
-OF_EVERY_NODE = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")
+OF_EVERY_NODE = ("RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness")
 """Variables that a node needs before a command of helio connects to it and brings the others."""
 
 
@@ -69,12 +69,12 @@ def manifest(profile: Profile, kind: str | None, recipe: "Recipe | None") -> str
     wants = [f"the token in {TOKEN} on the machine that calls `ray up` (`ray get-auth-token --generate` makes one)"]
     if profile.secrets:
         wants.append(f"{', '.join(profile.secrets)} in the environment of each machine")
-    return _text(profile, wants, [launcher_config(profile, nodes, place)])
+    return _text(profile, wants, [launcher_config(profile, nodes, place, _of_every_node(session_environment(profile)))])
 
 
 def _objects(profile: Profile, nodes: Nodes, place: Kubernetes, kind: str, recipe: "Recipe | None") -> list[Object]:
     variables = session_environment(profile)
-    on_every_node = {name: variables[name] for name in OF_EVERY_NODE}
+    on_every_node = _of_every_node(variables)
     section = catalog.load(catalog.SECTIONS["serve"])() if recipe is None else recipe.sections["serve"]
     ports = _ports(section.model_dump())
     if kind == "raycluster":
@@ -94,6 +94,10 @@ def _objects(profile: Profile, nodes: Nodes, place: Kubernetes, kind: str, recip
     variables |= environment(recipe, [stage for stage in catalog.STAGES if stage.name == "deploy"])
     cluster = KubernetesCluster(name, profile, nodes, place, variables, ports, digest(config))
     return [*cluster.beside(), cluster.ray_service(dump_yaml(config))]
+
+
+def _of_every_node(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: variables[name] for name in OF_EVERY_NODE}
 
 
 def _ports(serve: dict[str, Any]) -> dict[str, int]:

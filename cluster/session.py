@@ -27,13 +27,13 @@ HAPROXY_DEFAULTS = (
     "timeout http-request 10s",
     # A log of each request would go to a port of syslog where nobody listens.
     "no log",
-    # A machine that loses its power closes no connection: TCP itself finds out, within eleven seconds, and what had
-    # been asked there is asked of another replica. One that is there may take as long as it likes.
+    # A machine that loses its power closes no connection. Of what has arrived there TCP itself finds out, within eleven
+    # seconds; what was on its way, Linux sends again for a quarter of an hour: serving.endpoint bounds that. HAProxy's
+    # `tcp-ut` would, too, but it holds on a `server` line alone, which Serve writes.
     "option srvtcpka",
     "srvtcpka-idle 5s",
     "srvtcpka-intvl 2s",
     "srvtcpka-cnt 3",
-    "default-server tcp-ut 10s",
 )
 """What HAProxy is to do for every backend, `balance` first."""
 
@@ -60,6 +60,9 @@ def session_environment(profile: Profile) -> dict[str, str]:
         # without this.
         "RAY_grpc_client_keepalive_time_ms": "65000",
         "RAY_grpc_client_keepalive_timeout_ms": "15000",
+        # By Ray's 15 every other process of the machine goes before an endpoint's: a fifth of its answers where it
+        # shares its cores. What trains gives way by itself.
+        "RAY_worker_niceness": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.train.wait_for_workers_s:g}",
         # Ray Train would move its workers into a directory of its own, where relative paths mean something else.
@@ -91,8 +94,8 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         # A tenth of a second would cost 5 % of a core, and a busy endpoint 8 % of its answers.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-        # A replica that dies before it has answered: the request goes to another one.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        # A replica that dies or hangs before it has answered: the request goes to another one.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
         # Replicas have a gate of their own.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fallback.proxy_middlewares",

@@ -8,6 +8,7 @@
 
 import json
 import logging
+import math
 import socket
 import ssl
 import threading
@@ -44,6 +45,8 @@ KEY_EXPIRES_S = 3600.0
 """Also where the stage is killed before it revokes its key."""
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
+SILENT_S = 2
+"""What a replica has beyond its deadline, to say that it is over."""
 
 
 @contextmanager
@@ -144,7 +147,10 @@ def environment(recipe: "Recipe") -> dict[str, str]:
     from serving.gate import grpc_environment
 
     config = recipe.section(ServeConfig)
-    return {} if config.grpc_port is None else grpc_environment(config.max_request_bytes)
+    # A replica says within its deadline at least that it is over. One that says nothing is gone or hangs, whether or
+    # not its connections are still there: HAProxy asks another one.
+    found = {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(config.request_timeout_s) + SILENT_S)}
+    return found if config.grpc_port is None else {**found, **grpc_environment(config.max_request_bytes)}
 
 
 def _check_place(profile: Profile, config: ServeConfig) -> None:

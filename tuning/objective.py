@@ -20,7 +20,7 @@ from cluster.storage import fetch, publish, remove
 from jobs.evaluation.metrics import Metric, better, measure
 from jobs.model.config import ModelConfig
 from jobs.training.config import FinetuneConfig
-from jobs.training.device import set_up_tensorflow
+from jobs.training.device import give_way, set_up_tensorflow
 from jobs.training.finetune import Finetuner, LabelledImages, Progress, Start, Workers, load_arrays, save_arrays
 from tuning.config import Cost, split
 from tuning.costs import measure_costs
@@ -70,6 +70,7 @@ class Finetuning:
         """In the process of one worker."""
         from jobs.training.step import make_strategy
 
+        give_way()
         set_up_tensorflow(self.threads, self.gpus)
         workers = None if self.workers == 1 else Workers(make_strategy(), rank, self.workers)
         return FinetuneObjective(ray.get(self.material[0]), self, workers)

@@ -78,10 +78,11 @@ class Assignment:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """The training function of Ray Train: `settings["assignment"]` holds the fields of Assignment."""
-    from jobs.training.device import set_up_tensorflow
+    from jobs.training.device import give_way, set_up_tensorflow
 
     assignment = Assignment(**settings["assignment"])
     train = assignment.train
+    give_way()
     set_up_tensorflow(train.threads_per_worker, train.gpus_per_worker, train.precision)
     worker = _Worker(assignment)
     worker.run()

@@ -42,10 +42,13 @@ MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
 }
 """Image size, recipe section, and the largest batch."""
 CONNECTIONS = (1, 8, 32)
-MEASURED_S, WARM_UP_S = 5, 2
+MEASURED_S = {"light": 5, "resnet": 12}
+"""wrk counts what has been answered whole: of five seconds, batches of 0.3 s under way would be a twentieth."""
+WARM_UP_S = 2
 PROCESSES = 2
 TYPES = {"raw": "application/octet-stream", "json": "application/json"}
 """LitServe reads JSON alone: it gets the image as base64; the others get its bytes."""
+OPEN_LOOP_S = 10
 OPEN_LOOP_SHARE = 0.6
 """Of the slowest one's throughput."""
 LEAST_SHOWN_US = 5.0
@@ -96,12 +99,12 @@ def _compare(name: str, scratch: Path) -> dict[str, Any]:
     limits = []
     for number in range(ROUNDS):
         print(f"{name}, {size} px, round {number + 1} of {ROUNDS}", flush=True)
-        limits.append(_direct(bundle, MODELS[name][2]))
+        limits.append(_direct(bundle, name))
         print(f"  the bundle called directly in batches: {limits[-1]:,.1f} images/s", flush=True)
         for who, loads in found.items():
             with _serving(who, bundle, name, scratch) as url:
                 for connections, each in loads.items():
-                    each.append(_wrk(url, scripts[_kind(who)], connections))
+                    each.append(_wrk(url, scripts[_kind(who)], connections, MEASURED_S[name]))
             _show(who, {n: each[-1:] for n, each in loads.items()}, limits[-1])
     limit = statistics.median(limits)
     print(f"{name}, medians", flush=True)
@@ -144,12 +147,12 @@ def _where(scratch: Path) -> dict[str, Any]:
     totals: dict[str, Any] = {}
     for who in ("helio", SETTINGS[0]):
         with _serving(who, bundle, "light", scratch) as url:
-            _wrk(url, scripts["raw"], max(CONNECTIONS))
+            _wrk(url, scripts["raw"], max(CONNECTIONS), MEASURED_S["light"])
             before = _thread_seconds()
-            load = _wrk(url, scripts["raw"], max(CONNECTIONS))
+            load = _wrk(url, scripts["raw"], max(CONNECTIONS), MEASURED_S["light"])
             after = _thread_seconds()
         # wrk's warm-up asks as fast as its measured part.
-        requests = load.per_s * (MEASURED_S + WARM_UP_S)
+        requests = load.per_s * (MEASURED_S["light"] + WARM_UP_S)
         spent = {thread: 1e6 * (now - before.get(thread, 0.0)) / requests for thread, now in after.items()}
         print(f"{who}: {load.per_s:,.0f}/s at {max(CONNECTIONS)} connections; microseconds of processors a request:")
         for (process, pid, tid), each in sorted(spent.items(), key=lambda item: -item[1]):
@@ -198,12 +201,13 @@ def _show(who: str, loads: dict[int, list[Load]], limit: float) -> None:
 # --- the limit ---
 
 
-def _direct(bundle: Path, batch: int) -> float:
+def _direct(bundle: Path, name: str) -> float:
     """Images per second of the bundle in as many processes as answer, in whole batches."""
     with ProcessPoolExecutor(PROCESSES) as pool:
         # The first call of each loads and warms.
-        list(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [0.5] * PROCESSES))
-        return sum(pool.map(_call_directly, [str(bundle)] * PROCESSES, [batch] * PROCESSES, [MEASURED_S] * PROCESSES))
+        arguments = [str(bundle)] * PROCESSES, [MODELS[name][2]] * PROCESSES
+        list(pool.map(_call_directly, *arguments, [0.5] * PROCESSES))
+        return sum(pool.map(_call_directly, *arguments, [MEASURED_S[name]] * PROCESSES))
 
 
 _LOADED: dict[str, Any] = {}
@@ -333,13 +337,13 @@ end
 """
 
 
-def _wrk(url: str, script: Path, connections: int) -> Load:
+def _wrk(url: str, script: Path, connections: int, measured_s: int) -> Load:
     def run(seconds: int) -> str:
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(script), url]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     run(WARM_UP_S)
-    line = re.search(r"^found (\S+) (\S+) (\S+) (\d+)$", run(MEASURED_S), re.MULTILINE)
+    line = re.search(r"^found (\S+) (\S+) (\S+) (\d+)$", run(measured_s), re.MULTILINE)
     assert line is not None
     return Load(float(line[1]), float(line[2]), float(line[3]), int(line[4]))
 
@@ -377,7 +381,7 @@ async def _open_loop(url: str, body: bytes, content_type: str, rate: float) -> L
         idle.put_nowait((reader, writer))
 
     began, tasks = time.perf_counter(), []
-    total = int(rate * (WARM_UP_S + 2 * MEASURED_S))
+    total = int(rate * (WARM_UP_S + OPEN_LOOP_S))
     for number in range(total):
         due = began + number / rate
         if (left := due - time.perf_counter()) > 0:

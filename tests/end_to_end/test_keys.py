@@ -1,6 +1,9 @@
-"""Who may ask an endpoint that wants keys, and the way back from an answer: the commands, and real HTTP."""
+"""Who may ask an endpoint that wants keys, the way back from an answer, a replica that hangs: the commands, and real
+HTTP."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +16,7 @@ import requests
 from cluster.session import free_ports
 from serving.config import ServeConfig
 from serving.endpoint import check_key
-from tests.operations.traffic import eventually
+from tests.operations.traffic import Traffic, eventually, plain_senders, processes
 from tests.serving.conftest import CLASSES, picture
 
 
@@ -34,6 +37,7 @@ def url(environment: None, storage: Path) -> Iterator[str]:
     write = f"from tests.serving.conftest import *; write_tiny_bundle(Path({str(bundle)!r}))"
     subprocess.run([sys.executable, "-c", write], check=True, timeout=120, capture_output=True)
     settings = [f"serve.port={free_ports(1)[0]}", "serve.keys=required", "serve.records.flush_s=0.2"]
+    settings += ["serve.min_replicas=2", "serve.max_replicas=2", "serve.request_timeout_s=5"]
     command = [sys.executable, "-m", "cluster.cli", "deploy", "quickstart", *settings, f"profile.storage={storage}"]
     command += ["--bundle", str(bundle), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -114,6 +118,27 @@ def test_prometheus_hears_of_all_that_was_asked(url: str, storage: Path) -> None
     eventually(lambda: counted() >= 5)
     status = requests.get(f"{url}/v1/status", headers=key, timeout=30).json()
     assert status["replicas"]["running"] >= 1 and status["arms"]["champion"]["requests"] >= 5
+
+
+def test_an_endpoint_stands_back_behind_no_other_program(url: str) -> None:
+    answering = processes("ray::ServeReplica:helio") + processes("haproxy", "-db")
+    assert len(answering) == 3
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in answering} == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
+def test_a_replica_that_hangs_costs_nobody_an_answer(url: str, storage: Path) -> None:
+    _, key = make_key(storage)
+    secret = key["Authorization"].removeprefix("Bearer ")
+    frozen, _ = processes("ray::ServeReplica:helio")
+    with Traffic(plain_senders(url, picture(1), 8, secret)) as traffic:
+        traffic.wait_for(20)
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            traffic.wait_for(20)
+            traffic.leave(0)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+    assert set(traffic.came) == {"200"}
 
 
 @pytest.mark.parametrize(
