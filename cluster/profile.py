@@ -111,6 +111,15 @@ class ReplicaResources(Section):
     cpus: float = Field(default=0.5, gt=0)
     gpus: SharedGpus = 0.0
     threads: int = Field(default=1, ge=1)
+    decoders: int | None = Field(default=None, ge=0)
+    """Replicas of a CPU each that decode large images for it, at the most; none: two where it has a GPU."""
+
+    @property
+    def most_decoders(self) -> int:
+        """The same as a number."""
+        if self.decoders is not None:
+            return self.decoders
+        return 2 if self.gpus > 0 else 0
 
 
 class Machines(Section):
@@ -318,7 +327,7 @@ class Profile(Section):
                 float(train.least * train.gpus_per_worker),
             ),
             "tune": (trials.workers * trials.cpus_per_trial, trials.workers * trials.gpus_per_trial),
-            "deploy": (replica.cpus, replica.gpus),
+            "deploy": (replica.cpus + min(1, replica.most_decoders), replica.gpus),
         }
 
 

@@ -213,7 +213,7 @@ class Answering:
         """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
         if not isinstance(image, bytes):
             return image, image.shape[:2]
-        height, width = await served.beside(len(image), self._check_size, image)
+        height, width = await served.decoding.beside(len(image), self._check_size, image)
         return await served.decode(image, height * width), (height, width)
 
     async def _compare(

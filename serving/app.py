@@ -1,6 +1,7 @@
-"""The Serve application: one deployment that decodes images, gathers them into batches and runs the model.
+"""The Serve application: a deployment that takes requests, gathers images into batches and runs the model.
 
-Decoding and model stay in one process: an image of a few kilobytes would cost more to pass on than to decode.
+Replicas with GPUs have large images decoded by a second deployment, on CPUs. Without GPUs that would take as many of
+them, and the hop.
 """
 
 import asyncio
@@ -20,7 +21,8 @@ from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
-from serving.config import ServeConfig
+from serving.config import PREDICTOR, ServeConfig
+from serving.decoding import Decoder, Decoding
 from serving.gate import RequestGate, replica_environment
 from serving.link import Link
 from serving.metrics.families import NO_ARM, Snapshot, route_of
@@ -55,12 +57,12 @@ class Predictor(InferenceService):
     """One replica: a bundle in memory, during a roll-out two, and those of other models that are asked for. It takes
     requests only after every batch size has run once.
 
-    `threads` are TensorFlow's; another pool of as many threads decodes what is large. `control` is the handle of the
-    actor that all replicas share.
+    `threads` are TensorFlow's; another pool of as many threads decodes what is large, where there are no `decoders`.
+    `control` is the handle of the actor that all replicas share.
     """
 
     def __init__(
-        self, model: str, config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any
+        self, model: str, config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any, decoders: Any
     ) -> None:
         import cv2
 
@@ -72,12 +74,13 @@ class Predictor(InferenceService):
         self._config, self._checked_at = ServeConfig(**config), 0.0
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
-        decoders, turn = ThreadPoolExecutor(threads, thread_name_prefix="decode"), threading.Lock()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        decoding, turn = Decoding(pool, decoders), threading.Lock()
         batches = (self._config.max_batch_size, self._config.batch_wait_timeout_s)
 
         def load(found: ModelVersion) -> Served:
             with politely():
-                return Served(found, *batches, decoders, turn, runs_in_loop(threads, gpus))
+                return Served(found, *batches, decoding, turn, runs_in_loop(threads, gpus))
 
         def load_own(version: Version) -> Served:
             return load(ModelVersion(model, version.version, Path(version.bundle), version.digest))
@@ -151,7 +154,7 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
     )
     deployment = serve.deployment(
         serve.ingress()(Predictor),
-        name="Predictor",
+        name=PREDICTOR,
         autoscaling_config=autoscaling,
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
@@ -179,4 +182,30 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
         resources.gpus,
         str(profile.storage_path),
         control,
+        _decoders(config, most) if (most := resources.most_decoders * config.max_replicas) else None,
     )
+
+
+def _decoders(config: ServeConfig, most: int) -> serve.Application:
+    """Replicas of a CPU each, as many as there is to decode. What is too much for them is decoded beside the model."""
+    deployment = serve.deployment(
+        Decoder,
+        name="Decoder",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=min(1, config.min_replicas),
+            initial_replicas=1,
+            max_replicas=most,
+            target_ongoing_requests=1.0,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            metrics_interval_s=1.0,
+            look_back_period_s=max(2.0, config.upscale_delay_s),
+        ),
+        # One is decoded while the next one comes.
+        max_ongoing_requests=2,
+        max_queued_requests=2,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 0},
+        health_check_period_s=HEALTH_CHECK_S,
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    )
+    return deployment.bind()

@@ -8,7 +8,7 @@ from cluster.schema import Section
 from serving.records.config import RecordConfig
 from serving.rollout.config import RolloutConfig
 
-APPLICATION = "helio"
+APPLICATION, PREDICTOR = "helio", "Predictor"
 """What the endpoint is called in Ray Serve."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -7,6 +7,7 @@ killed leaves it behind, and does not answer.
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -21,7 +22,7 @@ from cluster.errors import HelioError
 from cluster.profile import Profile
 from cluster.run import write_json
 from cluster.storage import entries, fetch, is_mirrored, name_of, publish, remove
-from serving.config import APPLICATION
+from serving.config import APPLICATION, PREDICTOR
 
 WITHIN_S = 5.0
 """How long an endpoint may take to say how it is."""
@@ -189,13 +190,11 @@ def _under_way(rollout: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _with_replicas(endpoint: Endpoint, application: Mapping[str, Any]) -> Endpoint:
     """Ray knows of replicas that start or end, too."""
-    states: dict[str, int] = {}
-    target = 0
-    for deployment in application["deployments"].values():
-        target += deployment["target_num_replicas"]
-        for replica in deployment["replicas"]:
-            state = replica["state"].lower()
-            states[state] = states.get(state, 0) + 1
+    # Those that decode for them are not counted.
+    deployment = application["deployments"].get(PREDICTOR, {"target_num_replicas": 0, "replicas": []})
+    states = dict(Counter(replica["state"].lower() for replica in deployment["replicas"]))
     message = application["message"].strip().splitlines()
     wrong = application["status"] in ("UNHEALTHY", "DEPLOY_FAILED") and message
-    return {**endpoint, "replicas": states, "target_replicas": target} | ({"fault": message[-1]} if wrong else {})
+    return {**endpoint, "replicas": states, "target_replicas": deployment["target_num_replicas"]} | (
+        {"fault": message[-1]} if wrong else {}
+    )

@@ -4,34 +4,28 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
 from jobs.bundle import Bundle
-from jobs.data.decode import DecodeError, Pixels, decode_to_size
+from jobs.data.decode import Pixels
 from jobs.registry import ModelVersion
 from serving.batching import Answer, Batcher
+from serving.decoding import Decoding
 from serving.metrics.replica import Arm, Metrics
 from serving.upload import Refusal
 
 Role = Literal["champion", "candidate"]
-INLINE_PIXELS = 65_536
-"""Images up to this are decoded where they arrive: some 0.1 ms, less than it takes to ask another thread."""
-INLINE_BYTES = 4 * INLINE_PIXELS
-"""Files up to this are looked at where they arrive. Of a larger one the structure alone can take a second to follow."""
 LEAVE_S = 0.2
 """How often a version that leaves is looked at for requests that it still answers."""
 POLITE_S = 0.0005
 """How long a thread that loads a version may keep the interpreter from those that answer."""
 _LOADING = threading.Lock()
 """One is loaded at a time."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ class Served:
         version: ModelVersion,
         max_batch_size: int,
         wait_s: float,
-        decoders: ThreadPoolExecutor,
+        decoding: Decoding,
         turn: threading.Lock,
         may_run_in_loop: bool = False,
     ) -> None:
@@ -63,7 +57,7 @@ class Served:
         self.version = version
         self.identity = {"name": version.model, "version": version.version, "digest": version.digest}
         self.size, self.classes = self.bundle.image_size, self.bundle.classes
-        self._loaded, self._decoders = self.bundle.load(), decoders
+        self._loaded, self.decoding = self.bundle.load(), decoding
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
         self._turn, self._may_run_in_loop = turn, may_run_in_loop
@@ -104,17 +98,7 @@ class Served:
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:
         """What the model sees of an image whose header says so many pixels. Raises Refusal for what is no image."""
-        size = len(image) if pixels <= INLINE_PIXELS else INLINE_BYTES + 1
-        try:
-            return await self.beside(size, decode_to_size, image, self.size)
-        except DecodeError as error:
-            raise Refusal(415, "not_an_image", f"the image cannot be decoded ({error}): send a whole one") from None
-
-    async def beside(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Do work on a file of so many bytes, in another thread where it may take long."""
-        if size <= INLINE_BYTES:
-            return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *arguments)
+        return await self.decoding.decode(image, pixels, self.size)
 
     def check_options(self, options: Options) -> None:
         """Raises Refusal for what this version cannot answer."""

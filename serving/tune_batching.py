@@ -33,6 +33,7 @@ from cluster.session import ray_session
 from cluster.storage import publish
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
+from serving.decoding import Decoding
 from serving.endpoint import find_version
 from serving.metrics.replica import Metrics
 from serving.records.hours import record_directory
@@ -90,9 +91,9 @@ class Bench:
     def __init__(self, version: ModelVersion, resources: ReplicaResources) -> None:
         set_up_tensorflow(resources.threads, resources.gpus)
         cv2.setNumThreads(1)
-        decoders = ThreadPoolExecutor(resources.threads, thread_name_prefix="decode")
+        decoding = Decoding(ThreadPoolExecutor(resources.threads, thread_name_prefix="decode"))
         in_loop = runs_in_loop(resources.threads, resources.gpus)
-        self._served = Served(version, 1, 0.0, decoders, threading.Lock(), in_loop)
+        self._served = Served(version, 1, 0.0, decoding, threading.Lock(), in_loop)
         self._served.play("champion", Metrics("bench", version.model))
         self._served.alone(True)
         self._batches = (1, 0.0)

@@ -27,7 +27,7 @@ from cluster.session import free_ports, ray_session
 from jobs.registry import ModelVersion
 from serving.admission import Quota
 from serving.client import Client
-from serving.config import APPLICATION, ServeConfig
+from serving.config import APPLICATION, PREDICTOR, ServeConfig
 from serving.endpoint import endpoint
 from serving.keys import KeyStore, control_db
 from tests.measure import run_benchmark
@@ -35,7 +35,7 @@ from tests.operations.traffic import Send, Traffic, client_senders, eventually, 
 from tests.serving.conftest import picture, write_tiny_bundle
 
 IMAGE = picture(1, 64, 64)
-REPLICA = "ray::ServeReplica:helio"
+REPLICA = "ray::ServeReplica:helio:Predictor"
 VICTIMS = {
     "replica": (REPLICA,),
     "control_actor": ("ray::Control",),
@@ -165,7 +165,7 @@ def _compete(url: str, keys: KeyStore) -> dict[str, Any]:
 
 
 def _running() -> int:
-    states = serve.status().applications[APPLICATION].deployments["Predictor"].replica_states
+    states = serve.status().applications[APPLICATION].deployments[PREDICTOR].replica_states
     return {str(state): count for state, count in states.items()}.get("RUNNING", 0)
 
 

@@ -11,7 +11,7 @@ from ray import serve
 from cluster.profile import load_profile
 from cluster.session import free_ports
 from jobs.registry import ModelVersion
-from serving.config import APPLICATION, ServeConfig
+from serving.config import APPLICATION, PREDICTOR, ServeConfig
 from serving.endpoint import endpoint
 from serving.keys import KeyStore, control_db
 from tests.operations.traffic import Traffic, client_senders, eventually, plain_senders, processes
@@ -29,8 +29,8 @@ SETTINGS = {
     "batch_wait_timeout_s": 0.25,
     "max_batch_size": 16,
 }
-REPLICA = "ray::ServeReplica:helio"
-IMAGE = picture(1)
+REPLICA, DECODER = "ray::ServeReplica:helio:Predictor", "ray::ServeReplica:helio:Decoder"
+IMAGE, PHOTO = picture(1), picture(1, 1100, 1000, ".jpg")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Place:
 
 def running() -> int:
     """Replicas that take requests."""
-    states = serve.status().applications[APPLICATION].deployments["Predictor"].replica_states
+    states = serve.status().applications[APPLICATION].deployments[PREDICTOR].replica_states
     return {str(state): count for state, count in states.items()}.get("RUNNING", 0)
 
 

@@ -1,18 +1,24 @@
 """One real endpoint while it rests, grows, loses its processes and shrinks. The tests build on each other, in order."""
 
+import os
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
+import cv2
 import pytest
 import ray
 import requests
 
+from jobs.data.decode import decode_to_size
 from serving.admission import Ask, Quota
-from serving.client import Client
-from tests.operations.conftest import IMAGE, MOST, REPLICA, Load, Place, all_run, running
-from tests.operations.traffic import eventually, gone, kill, processes
+from serving.client import Client, ImageError
+from tests.operations.conftest import DECODER, IMAGE, MOST, PHOTO, REPLICA, Load, Place, all_run, running
+from tests.operations.traffic import Traffic, eventually, gone, kill, plain_senders, processes
+from tests.serving.conftest import IMAGE_SIZE
 
 ALLOWED = {"200", "503 with Retry-After"}
 """What somebody may see who tries nothing again: an answer, or that there are too many requests now."""
@@ -21,6 +27,23 @@ ALLOWED = {"200", "503 with Retry-After"}
 def ask(place: Place, secret: str | None, path: str = "/v1/predict", method: str = "POST") -> requests.Response:
     headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
     return requests.request(method, place.url + path, data=IMAGE, headers=headers, timeout=60)
+
+
+def decoders_worked_s(photos: Traffic) -> float:
+    """Seconds of CPU in which those that are there decode thirty photographs; they rest for a hundredth of it."""
+
+    def used_s() -> float:
+        ticks = 0
+        for pid in there:
+            with suppress(OSError):
+                stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(stat[11]) + int(stat[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    there = processes(DECODER)
+    before = used_s()
+    photos.wait_for(30)
+    return used_s() - before
 
 
 def test_who_looks_after_a_resting_endpoint_does_not_wake_it(place: Place) -> None:
@@ -46,6 +69,20 @@ def test_a_request_wakes_it_and_is_answered(place: Place) -> None:
     answer = ask(place, place.secret)
     assert (answer.status_code, answer.json()["model"]["version"]) == (200, "1")
     assert answer.json()["request_id"] == answer.headers["x-request-id"]
+
+
+def test_large_images_are_decoded_on_cpus_and_nobody_is_lost_with_who_does_it(place: Place) -> None:
+    seen = cv2.imencode(".png", decode_to_size(PHOTO, IMAGE_SIZE)[..., ::-1])[1].tobytes()
+    with Traffic(plain_senders(place.url, PHOTO, 3, place.secret)) as photos:
+        # Whoever comes first is answered while a decoder is being started.
+        eventually(lambda: processes(DECODER) and decoders_worked_s(photos) > 0.1)
+        pid = kill(DECODER)
+        eventually(lambda: gone(pid) and processes(DECODER) and decoders_worked_s(photos) > 0.1)
+    assert set(photos.came) == {"200"}
+    whole, small = (Client(place.url, key=place.secret).predict(image) for image in (PHOTO, seen))
+    assert whole.predictions == small.predictions
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        Client(place.url, key=place.secret).predict(PHOTO[: len(PHOTO) // 2])
 
 
 def test_load_makes_all_replicas_start_and_costs_nobody_an_answer(load: Load) -> None:

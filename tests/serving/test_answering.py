@@ -20,6 +20,7 @@ from jobs.registry import ModelVersion
 from serving.api import Api, Desk
 from serving.batching import Outputs
 from serving.config import ServeConfig
+from serving.decoding import Decoding
 from serving.metrics.replica import Metrics
 from serving.records.config import RecordConfig
 from serving.records.feedback import Feedback
@@ -101,7 +102,7 @@ async def replica(rollout: Rollout, champion: Model, candidate: Model, directory
 
         def load(version: Version) -> Served:
             made = MadeVersion("m", version.version, directory, version.digest, models[version.version])
-            served = Served(made, 4, 0.0, pool, turn)
+            served = Served(made, 4, 0.0, Decoding(pool), turn)
             made.made.warm = True
             return served
 

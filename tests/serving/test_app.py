@@ -19,7 +19,7 @@ import requests
 from jobs.data.decode import decode_image
 from jobs.registry import ModelVersion
 from serving.client import Client
-from serving.config import APPLICATION
+from serving.config import APPLICATION, PREDICTOR
 from serving.gate import LEAST_GRPC_BYTES
 from tests.operations.traffic import eventually
 from tests.serving.conftest import CLASSES, IMAGE_SIZE, Deployed, picture, triton_client
@@ -311,5 +311,5 @@ def test_a_full_queue_is_answered_at_once_and_then_replicas_are_added(url: str) 
 def replicas() -> int:
     from ray import serve
 
-    states = serve.status().applications[APPLICATION].deployments["Predictor"].replica_states
+    states = serve.status().applications[APPLICATION].deployments[PREDICTOR].replica_states
     return int({str(getattr(k, "value", k)): count for k, count in states.items()}.get("RUNNING", 0))

@@ -29,6 +29,7 @@ from serving.api import Api, Desk
 from serving.batching import Outputs
 from serving.client import Client, StatusError
 from serving.config import ServeConfig
+from serving.decoding import Decoding
 from serving.metrics.replica import Metrics
 from serving.records.config import RecordConfig
 from serving.records.feedback import Feedback
@@ -175,7 +176,7 @@ class HeldVersion(ModelVersion):
 async def replica(model: HeldModel, directory: Path, **config: Any) -> AsyncIterator[tuple[Served, httpx.AsyncClient]]:
     """A replica of `model`, and a client that asks it."""
     with ThreadPoolExecutor(1) as pool:
-        served = Served(HeldVersion("held", "1", directory, "0", model), 4, 0.0, pool, threading.Lock())
+        served = Served(HeldVersion("held", "1", directory, "0", model), 4, 0.0, Decoding(pool), threading.Lock())
         log, metrics = PredictionLog(directory, "r", RecordConfig()), Metrics("r", "held")
         link: Any = SimpleNamespace()
         desk = Desk(link, metrics, log, Feedback(directory, "r"), partial(find_predictions, directory), keys=False)

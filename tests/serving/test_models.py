@@ -30,6 +30,7 @@ from serving.api import Api, Desk
 from serving.client import Client
 from serving.client.clients import AsyncClient
 from serving.config import ServeConfig
+from serving.decoding import Decoding
 from serving.metrics.replica import Metrics
 from serving.models import Shelf
 from serving.records.config import RecordConfig
@@ -89,7 +90,7 @@ class House:
                 self.may_load.wait(10)
                 if isinstance(version.made, Exception):  # type: ignore[attr-defined]
                     raise version.made  # type: ignore[attr-defined]
-                served = Served(version, 4, 0.0, pool, turn)
+                served = Served(version, 4, 0.0, Decoding(pool), turn)
                 version.made.warm = True  # type: ignore[attr-defined]
                 close = served.close
                 served.close = lambda: (close(), self.closed.append(self.loads[-1]))[0]  # type: ignore[method-assign]
@@ -97,7 +98,11 @@ class House:
 
             def load_own(version: Version) -> Served:
                 return Served(
-                    MadeVersion("m", version.version, self.directory, version.digest, Model(0)), 4, 0.0, pool, turn
+                    MadeVersion("m", version.version, self.directory, version.digest, Model(0)),
+                    4,
+                    0.0,
+                    Decoding(pool),
+                    turn,
                 )
 
             self.arms = Arms(load_own, metrics, at(1).abort("ann", "no", 1.0).rollout.view())
