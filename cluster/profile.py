@@ -327,7 +327,7 @@ class Profile(Section):
                 float(train.least * train.gpus_per_worker),
             ),
             "tune": (trials.workers * trials.cpus_per_trial, trials.workers * trials.gpus_per_trial),
-            "deploy": (replica.cpus + min(1, replica.most_decoders), replica.gpus),
+            "deploy": (replica.cpus, replica.gpus),
         }
 
 

@@ -24,7 +24,11 @@ SERVE_PORTS = (
 
 HAPROXY_DEFAULTS = (
     "leastconn",
-    "timeout http-request 10s",
+    # What is asked of another replica must be here as a whole. Who sends slowly keeps nobody's place meanwhile.
+    "option http-buffer-request",
+    "timeout http-request 30s",
+    "http-error status 408 content-type application/json string "
+    """'{"error": {"code": "too_slow", "message": "the request did not arrive in time: send it faster, or less"}}'""",
     # A log of each request would go to a port of syslog where nobody listens.
     "no log",
     # A machine that loses its power closes no connection. Of what has arrived there TCP itself finds out, within eleven
@@ -61,7 +65,7 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_grpc_client_keepalive_time_ms": "65000",
         "RAY_grpc_client_keepalive_timeout_ms": "15000",
         # By Ray's 15 every other process of the machine goes before an endpoint's: a fifth of its answers where it
-        # shares its cores. What trains gives way by itself.
+        # shares its cores. Training workers and trials give way by themselves.
         "RAY_worker_niceness": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.train.wait_for_workers_s:g}",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Inquiry:
     decode_s: float | None = None
     wait_s: float | None = None
     model_s: float | None = None
+    deadline: float = math.inf
+    """Of the event loop's clock."""
     batch_s: float | None = None
     """What the model took for batches that this request was the first of."""
     served: Served | None = None

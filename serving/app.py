@@ -22,7 +22,7 @@ from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
 from serving.config import PREDICTOR, ServeConfig
-from serving.decoding import Decoder, Decoding
+from serving.decoding import ASKED_AT_ONCE, PATIENCE_S, Decoder, Decoding
 from serving.gate import RequestGate, replica_environment
 from serving.link import Link
 from serving.metrics.families import NO_ARM, Snapshot, route_of
@@ -62,7 +62,15 @@ class Predictor(InferenceService):
     """
 
     def __init__(
-        self, model: str, config: dict[str, Any], threads: int, gpus: float, storage: str, control: Any, decoders: Any
+        self,
+        model: str,
+        config: dict[str, Any],
+        threads: int,
+        gpus: float,
+        storage: str,
+        control: Any,
+        decoders: Any = None,
+        most_decoders: int = 0,
     ) -> None:
         import cv2
 
@@ -75,7 +83,8 @@ class Predictor(InferenceService):
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._metrics = Metrics(self._replica, model)
         pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        decoding, turn = Decoding(pool, decoders), threading.Lock()
+        patience_s = min(PATIENCE_S, self._config.request_timeout_s / 8)
+        decoding, turn = Decoding(pool, decoders, most_decoders, patience_s), threading.Lock()
         batches = (self._config.max_batch_size, self._config.batch_wait_timeout_s)
 
         def load(found: ModelVersion) -> Served:
@@ -182,18 +191,17 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
         resources.gpus,
         str(profile.storage_path),
         control,
-        _decoders(config, most) if (most := resources.most_decoders * config.max_replicas) else None,
+        *([_decoders(config, most * config.max_replicas), most] if (most := resources.most_decoders) else []),
     )
 
 
 def _decoders(config: ServeConfig, most: int) -> serve.Application:
-    """Replicas of a CPU each, as many as there is to decode. What is too much for them is decoded beside the model."""
+    """Replicas of a CPU each, as many as there is to decode, none at the start: an endpoint can do without."""
     deployment = serve.deployment(
         Decoder,
         name="Decoder",
         autoscaling_config=AutoscalingConfig(
-            min_replicas=min(1, config.min_replicas),
-            initial_replicas=1,
+            min_replicas=0,
             max_replicas=most,
             target_ongoing_requests=1.0,
             upscale_delay_s=config.upscale_delay_s,
@@ -201,9 +209,7 @@ def _decoders(config: ServeConfig, most: int) -> serve.Application:
             metrics_interval_s=1.0,
             look_back_period_s=max(2.0, config.upscale_delay_s),
         ),
-        # One is decoded while the next one comes.
-        max_ongoing_requests=2,
-        max_queued_requests=2,
+        max_ongoing_requests=ASKED_AT_ONCE,
         ray_actor_options={"num_cpus": 1, "num_gpus": 0},
         health_check_period_s=HEALTH_CHECK_S,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},

@@ -4,13 +4,12 @@ have GPUs, by replicas on CPUs that do nothing else.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import cv2
-import ray
-from ray.serve.exceptions import BackPressureError, RayServeException
 
 from jobs.data.decode import DecodeError, Pixels, decode_to_size
 from serving.upload import Refusal
@@ -22,8 +21,10 @@ INLINE_BYTES = 4 * INLINE_PIXELS
 PASSED_ON_PIXELS = 16 * INLINE_PIXELS
 """Smaller images are not worth another replica. Of the model's process, one of a megapixel takes as long decoded as
 passed on, one of three 20 ms and 8, one of twelve 92 and 14."""
-PATIENCE_S = 2.0
-"""How long another replica may take before an image is decoded here. One that is there has begun long before."""
+ASKED_AT_ONCE = 2
+"""For each that decodes: one is worked on while the next one comes."""
+PATIENCE_S, PAUSE_S = 1.0, 5.0
+"""How long another replica may take before an image is decoded here; for how long none is asked then."""
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -46,14 +47,18 @@ class Decoder:
 class Decoding:
     """What a replica's versions share."""
 
-    def __init__(self, threads: ThreadPoolExecutor, others: Any = None) -> None:
-        """`others` is the handle of the deployment of `Decoder`, where there is one."""
-        self._threads, self._others = threads, others
+    def __init__(
+        self, threads: ThreadPoolExecutor, others: Any = None, most: int = 0, patience_s: float = PATIENCE_S
+    ) -> None:
+        """`others` is the handle of the deployment of `Decoder`, where there is one, of which this replica may keep
+        `most` busy."""
+        self._threads, self._others, self._most, self._patience_s = threads, others, most, patience_s
+        self._asked, self._not_before = 0, 0.0
 
     async def decode(self, image: bytes, pixels: int, size: int) -> Pixels:
         """uint8 [size, size, 3] of an image whose header says so many pixels. Raises Refusal for what is no image."""
         try:
-            if self._others is not None and pixels >= PASSED_ON_PIXELS:
+            if pixels >= PASSED_ON_PIXELS and self._others_are_free():
                 found = await self._ask_others(image, size)
                 if found is not None:
                     return found
@@ -68,15 +73,27 @@ class Decoding:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
+    def _others_are_free(self) -> bool:
+        return self._asked < ASKED_AT_ONCE * self._most and time.monotonic() >= self._not_before
+
     async def _ask_others(self, image: bytes, size: int) -> Pixels | None:
-        """None where they have enough to do, or do not answer: then it is done here. Raises DecodeError."""
-        try:
-            found: Pixels | str = await asyncio.wait_for(self._others.decode.remote(image, size), PATIENCE_S)
-        except BackPressureError:
+        """None where they do not answer: then it is done here. Raises DecodeError."""
+        self._asked += 1
+        asking = asyncio.ensure_future(self._others.decode.remote(image, size))
+        # Where none has come up yet, it goes on: Serve then sees that one is wanted.
+        asking.add_done_callback(self._answered)
+        await asyncio.wait({asking}, timeout=self._patience_s)
+        if not asking.done():
+            logger.warning("no decoder has answered within %g s, images are decoded beside the model", self._patience_s)
+        if not asking.done() or asking.cancelled() or asking.exception() is not None:
+            self._not_before = time.monotonic() + PAUSE_S
             return None
-        except (TimeoutError, ray.exceptions.RayError, RayServeException) as error:
-            logger.warning("an image is decoded beside the model, no decoder has answered: %r", error)
-            return None
+        found: Pixels | str = asking.result()
         if isinstance(found, str):
             raise DecodeError(found)
         return found
+
+    def _answered(self, asking: "asyncio.Future[Pixels | str]") -> None:
+        self._asked -= 1
+        if not asking.cancelled() and (error := asking.exception()) is not None:
+            logger.warning("no decoder has answered, images are decoded beside the model: %r", error)

@@ -28,7 +28,7 @@ from cluster.storage import local
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
-from serving.config import APPLICATION, ServeConfig
+from serving.config import APPLICATION, SILENT_S, ServeConfig
 from serving.endpoints import announced
 from serving.https import find_certificate, https, notice, trust
 from serving.keys import KeyStore, control_db
@@ -45,8 +45,6 @@ KEY_EXPIRES_S = 3600.0
 """Also where the stage is killed before it revokes its key."""
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
-SILENT_S = 2
-"""What a replica has beyond its deadline, to say that it is over."""
 
 
 @contextmanager
@@ -149,7 +147,7 @@ def environment(recipe: "Recipe") -> dict[str, str]:
     config = recipe.section(ServeConfig)
     # A replica says within its deadline at least that it is over. One that says nothing is gone or hangs, whether or
     # not its connections are still there: HAProxy asks another one.
-    found = {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(config.request_timeout_s) + SILENT_S)}
+    found = {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(math.ceil(config.request_timeout_s + SILENT_S))}
     return found if config.grpc_port is None else {**found, **grpc_environment(config.max_request_bytes)}
 
 

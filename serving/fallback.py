@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.admission import Ask, secret_of
 from serving.config import ServeConfig
 from serving.control import NAME, NAMESPACE
-from serving.gate import SERVES_OWN_PATHS, RequestGate, refuse
+from serving.gate import DEADLINE, SERVES_OWN_PATHS, RequestGate, refuse
 from serving.link import Asking
 from serving.open_inference_tensors import server_metadata
 from serving.page import page_files
@@ -70,6 +70,8 @@ class Fallback:
         return self._gate
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # It would go to a replica with the request, which has another clock.
+        del scope[DEADLINE]
         own = self._own.get(scope["path"])
         try:
             if own is None:

@@ -19,13 +19,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from serving.config import LATE_S
 from serving.records.identity import new_request_id
 from serving.upload import Refusal, error_form
 
 SETTINGS_VARIABLE = "HELIO_REQUEST_GATE"
 
-BODY = "helio.body"
-"""Where a request's scope has its body, in one piece."""
+BODY, DEADLINE = "helio.body", "helio.deadline"
+"""Where a request's scope has its body, in one piece, and by when it is to be answered, on the event loop's clock."""
 LINGER_S = 5.0
 """How long the rest of a refused body is read and thrown away: a client that is still sending then sees the answer."""
 
@@ -80,7 +81,7 @@ class RequestGate:
             if cycle is not None and scope["method"] != "HEAD":
                 cycle.transport = _Joined(cycle.transport)  # type: ignore[assignment]
             scope[BODY] = body[0]
-            await self._app(scope, _again(body[0], receive), _overload_in_json(scope, send, tell))
+            await self._answer(scope, _again(body[0], receive), send, tell)
         except Refusal as error:
             self._let_go(body)
             tell(error)
@@ -89,6 +90,18 @@ class RequestGate:
             pass
         finally:
             self._let_go(body)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, tell: Callable[[Refusal], None]) -> None:
+        """Give the request to the application. Raises Refusal where it has not begun to answer in time: until it has a
+        slot, no clock but this one runs."""
+        until = scope[DEADLINE] = asyncio.get_running_loop().time() + self._timeout_s
+        try:
+            async with asyncio.timeout_at(until + LATE_S) as limit:
+                await self._app(scope, receive, _overload_in_json(scope, send, tell, lambda: limit.reschedule(None)))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise too_slow(self._timeout_s) from None
 
     async def _take_in(self, sent: dict[bytes, bytes], receive: Receive, body: list[bytes], has_arrived: bool) -> None:
         """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""
@@ -126,6 +139,11 @@ class RequestGate:
     def _too_large(self) -> Refusal:
         text = f"the request is larger than the {self._max_bytes:,} bytes that are read: send a smaller image"
         return Refusal(413, "too_large", text)
+
+
+def too_slow(timeout_s: float) -> Refusal:
+    """An answer that did not come in time."""
+    return Refusal(504, "too_slow", f"there was no answer within {timeout_s:g} s: try again later")
 
 
 def _overloaded() -> Refusal:
@@ -217,12 +235,15 @@ async def refuse(send: Send, refusal: Refusal, scope: Scope, rest: Receive | Non
     await send({"type": f"{kind}.body", "body": b""})
 
 
-def _overload_in_json(scope: Scope, send: Send, tell: Callable[[Refusal], None]) -> Send:
-    """Serve's own answer of a full queue is plain text; ours is JSON like every other error."""
+def _overload_in_json(scope: Scope, send: Send, tell: Callable[[Refusal], None], begins: Callable[[], None]) -> Send:
+    """Serve's own answer of a full queue is plain text; ours is JSON like every other error. `begins` is called with
+    the first message."""
     body: bytes | None = None
 
     async def send_json(message: Message) -> None:
         nonlocal body
+        if message["type"] == "http.response.start":
+            begins()
         if message["type"] == "http.response.start" and message["status"] == 503:
             headers = Headers(raw=message["headers"])
             if headers.get("content-type", "").startswith("text/plain"):

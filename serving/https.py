@@ -12,7 +12,7 @@ from cluster.profile import Profile, TlsFiles
 from cluster.session import HEAD, free_ports
 from cluster.tls.certificate import Certificate, PemFiles, read_pair
 from cluster.tls.proxy import TlsProxy, Way
-from serving.config import ServeConfig
+from serving.config import SILENT_S, ServeConfig
 
 ON_HEAD = {"num_cpus": 0, "resources": {HEAD: 0.001}}
 T = TypeVar("T")
@@ -73,8 +73,8 @@ def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[Se
         .remote(
             _pem(files),
             "the endpoint",
-            # The endpoint's own deadline comes first.
-            config.request_timeout_s + 10,
+            # The endpoint's own deadline comes first, also that of a second replica.
+            2 * (config.request_timeout_s + SILENT_S) + 10,
             Way(_place(config.host, config.port), _place(host, port)),
             grpc,
         )

@@ -17,7 +17,7 @@ OBSERVE_S = 0.2
 """How often it tells what it sees of a roll-out."""
 AGAIN_S = 1.0
 """When a control actor that was away is asked again."""
-ANSWER_S = 5.0
+ANSWER_S, REFUND_S = 5.0, 0.5
 """How long the control actor may take."""
 REGISTRY_S = 20.0
 """The same where it asks the registry."""
@@ -49,7 +49,10 @@ class Asking:
     async def refund(self, admission: Admission, images: int) -> None:
         """Give back what a request has taken that was not answered."""
         try:
-            await self._control.refund.remote(admission.key_id, images, admission.at)
+            await asyncio.wait_for(self._control.refund.remote(admission.key_id, images, admission.at), REFUND_S)
+        except TimeoutError:
+            # It is asked, and does it once it can. The request is answered before.
+            pass
         except Exception:
             # The request is answered all the same; its images stay counted.
             logging.getLogger("ray.serve").exception("images of %s were not given back", admission.key_id)

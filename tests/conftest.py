@@ -14,7 +14,7 @@ from cluster.profile import Profile, load_profile
 from cluster.progress import RunProgress
 from cluster.recipe import load_recipe
 from cluster.run import Run, create_run
-from cluster.session import ray_session, session_environment
+from cluster.session import HAPROXY_DEFAULTS, ray_session, session_environment
 
 pytest_plugins = ["tests.contracts.stores"]
 """Its stores are the same for all modules, since a process keeps what it has opened."""
@@ -43,7 +43,9 @@ def environment() -> Iterator[None]:
 def ray_cluster(environment: None) -> Iterator[None]:
     """A Ray of four logical CPUs and two logical GPUs on this machine."""
     profile = Profile(name="test", num_cpus=4, num_gpus=2, object_store_gb=0.5)
-    with ray_session(profile, []):
+    # Slow senders are waited for a third as long.
+    defaults = "\n    ".join((*HAPROXY_DEFAULTS, "timeout http-request 10s"))
+    with ray_session(profile, [], {"RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": defaults}):
         yield
 
 

@@ -19,6 +19,8 @@ from serving.client.retries import Retries
 
 BATCH_SIZE = 8
 CONCURRENCY = 4
+TIMEOUT_S = 75.0
+"""An endpoint's deadline as it is by default, twice and more: where a replica hangs, another one is asked after it."""
 
 
 class Client:
@@ -33,7 +35,7 @@ class Client:
     def __init__(
         self,
         url: str,
-        timeout_s: float = 30.0,
+        timeout_s: float = TIMEOUT_S,
         *,
         key: str | None = None,
         verify: Verify = None,
@@ -193,7 +195,7 @@ class AsyncClient:
     def __init__(
         self,
         url: str,
-        timeout_s: float = 30.0,
+        timeout_s: float = TIMEOUT_S,
         *,
         key: str | None = None,
         verify: Verify = None,

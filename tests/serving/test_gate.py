@@ -148,6 +148,29 @@ def test_what_does_not_arrive_in_time_is_cut() -> None:
     run(test, timeout_s=0.05)
 
 
+def test_what_gets_no_slot_in_time_is_refused_and_an_answer_that_has_begun_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.gate.LATE_S", 0.0)
+
+    async def slowly(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.15)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test(replica: Replica, gate: RequestGate) -> None:
+        waiting = Client(gate)
+        await waiting.send(b"a", False)
+        await waiting.task
+        assert waiting.status == 504 and waiting.error["code"] == "too_slow"
+        begun = Client(RequestGate(slowly, max_bytes=100, timeout_s=0.05, most_held=150))
+        await begun.send(b"a", False)
+        await begun.task
+        assert begun.status == 200 and len(begun.sent) == 2
+
+    run(test, timeout_s=0.05)
+
+
 def test_an_overloaded_replica_answers_in_the_form_of_the_path() -> None:
     async def overloaded(scope: Any, receive: Any, send: Any) -> None:
         head = [(b"content-type", b"text/plain"), (b"retry-after", b"1")]
