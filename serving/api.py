@@ -39,6 +39,7 @@ from serving.admission import Ask, secret_of
 from serving.answering import Answering, Inquiry
 from serving.config import ServeConfig
 from serving.correction import read_correction
+from serving.deadlines import Deadlines, is_over
 from serving.gate import DEADLINE, GatedRequest, too_slow
 from serving.link import Link
 from serving.metrics.families import route_of
@@ -103,6 +104,7 @@ class Api:
         self.v2 = V2Models(self)
         self._page = page_files()
         self.ongoing = 0
+        self._deadlines = Deadlines(config.request_timeout_s)
         self.routes: dict[str, dict[str, Handler]] = {
             "/v1/predict": {"POST": self.predict},
             "/v1/feedback": {"POST": self.correct},
@@ -124,12 +126,13 @@ class Api:
             return
         request = GatedRequest(scope, receive)
         told = _told(scope)
-        # Serve's own proxy, which hands on what waits for the first replica, has another clock.
-        told.deadline = scope.get(DEADLINE) or asyncio.get_running_loop().time() + self._config.request_timeout_s
+        # What Serve's own proxy hands on, as it waits for the first replica, has passed no gate here.
+        told.deadline = scope.get(DEADLINE) or self._deadlines.begin()
         self.ongoing += 1
         status = 500
         try:
             response = await self._respond(request, told)
+            self._deadlines.end()
             status = response.status_code
             await response(scope, receive, send)
         finally:
@@ -266,9 +269,10 @@ class Api:
                 allowed = ", ".join(methods)
                 raise HTTPException(405, f"this path takes {allowed}", {"allow": allowed})
             try:
-                async with asyncio.timeout_at(told.deadline):
-                    return await handler(request, told)
-            except TimeoutError:
+                return await handler(request, told)
+            except asyncio.CancelledError:
+                if not is_over(told.deadline):
+                    raise
                 raise too_slow(self._config.request_timeout_s) from None
         except Refusal as error:
             refusal = error

@@ -10,9 +10,8 @@ from serving.rollout.config import RolloutConfig
 
 APPLICATION, PREDICTOR = "helio", "Predictor"
 """What the endpoint is called in Ray Serve."""
-LATE_S, SILENT_S = 1.0, 2.0
-"""Beyond `request_timeout_s`: when a request that has no slot yet is refused, and when a replica that has said nothing
-is given up."""
+SILENT_S = 2.0
+"""Beyond `request_timeout_s`: when a replica that has said nothing is given up."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

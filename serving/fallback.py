@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.admission import Ask, secret_of
 from serving.config import ServeConfig
 from serving.control import NAME, NAMESPACE
+from serving.deadlines import is_over
 from serving.gate import DEADLINE, SERVES_OWN_PATHS, RequestGate, refuse
 from serving.link import Asking
 from serving.open_inference_tensors import server_metadata
@@ -71,7 +72,7 @@ class Fallback:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         # It would go to a replica with the request, which has another clock.
-        del scope[DEADLINE]
+        until = scope.pop(DEADLINE)
         own = self._own.get(scope["path"])
         try:
             if own is None:
@@ -79,7 +80,7 @@ class Fallback:
                     text = f"{scope['method']} {scope['path']}: there is no such path: see POST /v1/predict"
                     raise Refusal(404, "not_found", text)
                 await self._check_key(scope)
-                await self._wait_for_replica(scope, receive, send)
+                await self._wait_for_replica(scope, receive, send, until)
                 return
             request = Request(scope, receive)
             if request.method != "GET":
@@ -94,7 +95,7 @@ class Fallback:
         response.headers["x-request-id"] = request.headers["x-request-id"]
         await response(scope, receive, send)
 
-    async def _wait_for_replica(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _wait_for_replica(self, scope: Scope, receive: Receive, send: Send, until: float) -> None:
         """Pass a request on to Serve. Raises Refusal where no replica has begun to answer in time."""
         began = False
 
@@ -102,15 +103,14 @@ class Fallback:
             nonlocal began
             if message["type"] == "http.response.start" and not _is_of_serve(message):
                 began = True
-                limit.reschedule(None)
             if began:
                 await send(message)
 
         try:
-            async with asyncio.timeout(self._config.request_timeout_s) as limit:
-                await self._app(scope, receive, pass_on)
-        except TimeoutError:
-            pass
+            await self._app(scope, receive, pass_on)
+        except asyncio.CancelledError:
+            if began or not is_over(until):
+                raise
         if not began:
             raise _no_replica()
 

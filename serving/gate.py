@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from serving.config import LATE_S
+from serving.deadlines import Deadlines, is_over
 from serving.records.identity import new_request_id
 from serving.upload import Refusal, error_form
 
@@ -58,6 +58,7 @@ class RequestGate:
         """At most `most_held` bytes are kept of all bodies together, and what each connection sends at once."""
         self._app, self._max_bytes, self._timeout_s, self._most_held = app, max_bytes, timeout_s, most_held
         self._held = 0
+        self._deadlines = Deadlines(timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -92,16 +93,17 @@ class RequestGate:
             self._let_go(body)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, tell: Callable[[Refusal], None]) -> None:
-        """Give the request to the application. Raises Refusal where it has not begun to answer in time: until it has a
-        slot, no clock but this one runs."""
-        until = scope[DEADLINE] = asyncio.get_running_loop().time() + self._timeout_s
+        """Give the request to the application. Raises Refusal where it has not begun to answer in time, as where it
+        waits for its slot."""
+        until = scope[DEADLINE] = self._deadlines.begin()
         try:
-            async with asyncio.timeout_at(until + LATE_S) as limit:
-                await self._app(scope, receive, _overload_in_json(scope, send, tell, lambda: limit.reschedule(None)))
-        except TimeoutError:
-            if not limit.expired():
+            await self._app(scope, receive, _overload_in_json(scope, send, tell, self._deadlines.end))
+        except asyncio.CancelledError:
+            if not is_over(until):
                 raise
             raise too_slow(self._timeout_s) from None
+        finally:
+            self._deadlines.end()
 
     async def _take_in(self, sent: dict[bytes, bytes], receive: Receive, body: list[bytes], has_arrived: bool) -> None:
         """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""

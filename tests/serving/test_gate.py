@@ -148,11 +148,7 @@ def test_what_does_not_arrive_in_time_is_cut() -> None:
     run(test, timeout_s=0.05)
 
 
-def test_what_gets_no_slot_in_time_is_refused_and_an_answer_that_has_begun_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("serving.gate.LATE_S", 0.0)
-
+def test_what_gets_no_slot_in_time_is_refused_and_an_answer_that_has_begun_is_not() -> None:
     async def slowly(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.sleep(0.15)
