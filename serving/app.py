@@ -57,7 +57,7 @@ class Predictor(InferenceService):
     """One replica: a bundle in memory, during a roll-out two, and those of other models that are asked for. It takes
     requests only after every batch size has run once.
 
-    `threads` are TensorFlow's; another pool of as many threads decodes what is large, where there are no `decoders`.
+    `threads` are TensorFlow's; another pool of as many threads decodes what is large and no `decoders` take.
     `control` is the handle of the actor that all replicas share.
     """
 
@@ -148,23 +148,17 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
     Which version, is said by `control`.
     """
     resources = profile.replicas
-    autoscaling = AutoscalingConfig(
-        min_replicas=config.min_replicas,
-        # That a model comes up is known before anybody asks, also where none stays up.
-        initial_replicas=max(1, config.min_replicas),
-        max_replicas=config.max_replicas,
-        target_ongoing_requests=config.target_ongoing_requests,
-        upscale_delay_s=config.upscale_delay_s,
-        downscale_delay_s=config.downscale_delay_s,
-        # Serve's 10 s between reports would hold back any shorter delay. The field is called deprecated, but the
-        # environment variable that is to replace it is not read by Ray 2.60.
-        metrics_interval_s=1.0,
-        look_back_period_s=max(2.0, config.upscale_delay_s),
-    )
     deployment = serve.deployment(
         serve.ingress()(Predictor),
         name=PREDICTOR,
-        autoscaling_config=autoscaling,
+        autoscaling_config=_autoscaling(
+            config,
+            min_replicas=config.min_replicas,
+            # That a model comes up is known before anybody asks, also where none stays up.
+            initial_replicas=max(1, config.min_replicas),
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_ongoing_requests,
+        ),
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
@@ -195,20 +189,25 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
     )
 
 
+def _autoscaling(config: ServeConfig, **bounds: Any) -> AutoscalingConfig:
+    """How soon replicas come and go, within `bounds`."""
+    return AutoscalingConfig(
+        **bounds,
+        upscale_delay_s=config.upscale_delay_s,
+        downscale_delay_s=config.downscale_delay_s,
+        # Serve's 10 s between reports would hold back any shorter delay. The field is called deprecated, but the
+        # environment variable that is to replace it is not read by Ray 2.60.
+        metrics_interval_s=1.0,
+        look_back_period_s=max(2.0, config.upscale_delay_s),
+    )
+
+
 def _decoders(config: ServeConfig, most: int) -> serve.Application:
     """Replicas of a CPU each, as many as there is to decode, none at the start: an endpoint can do without."""
     deployment = serve.deployment(
         Decoder,
         name="Decoder",
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=0,
-            max_replicas=most,
-            target_ongoing_requests=1.0,
-            upscale_delay_s=config.upscale_delay_s,
-            downscale_delay_s=config.downscale_delay_s,
-            metrics_interval_s=1.0,
-            look_back_period_s=max(2.0, config.upscale_delay_s),
-        ),
+        autoscaling_config=_autoscaling(config, min_replicas=0, max_replicas=most, target_ongoing_requests=1.0),
         max_ongoing_requests=ASKED_AT_ONCE,
         ray_actor_options={"num_cpus": 1, "num_gpus": 0},
         health_check_period_s=HEALTH_CHECK_S,
