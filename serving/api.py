@@ -127,12 +127,14 @@ class Api:
         request = GatedRequest(scope, receive)
         told = _told(scope)
         # What Serve's own proxy hands on, as it waits for the first replica, has passed no gate here.
-        told.deadline = scope.get(DEADLINE) or self._deadlines.begin()
+        own = None if DEADLINE in scope else self._deadlines.begin()
+        told.deadline = own.until if own else scope[DEADLINE]
         self.ongoing += 1
         status = 500
         try:
             response = await self._respond(request, told)
-            self._deadlines.end()
+            if own:
+                self._deadlines.end(own)
             status = response.status_code
             await response(scope, receive, send)
         finally:

@@ -141,12 +141,15 @@ class Batcher:
         return item.answer
 
     def _arrange(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run a batch in the event loop, after the requests that the next look at the connections brings in."""
+        """Run a batch in the event loop, once a look at the connections brings in nobody else."""
         if not self._coming:
             self._coming = True
-            loop.call_soon(loop.call_soon, self._run_here, loop)
+            loop.call_soon(loop.call_soon, self._run_here, loop, len(self._waiting))
 
-    def _run_here(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _run_here(self, loop: asyncio.AbstractEventLoop, seen: int) -> None:
+        if seen < len(self._waiting) < self._largest:
+            loop.call_soon(loop.call_soon, self._run_here, loop, len(self._waiting))
+            return
         self._coming = False
         with self._changed:
             if not self._waiting:

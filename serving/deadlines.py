@@ -1,7 +1,17 @@
 """Until when requests are to be answered: one timer for all of them, where `asyncio.timeout` has one for each."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(eq=False, slots=True)
+class Deadline:
+    """By when a task is to be done."""
+
+    task: asyncio.Task[Any] | None
+    until: float
+    """On the event loop's clock."""
 
 
 class Deadlines:
@@ -9,32 +19,33 @@ class Deadlines:
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._until: dict[asyncio.Task[Any] | None, float] = {}
+        self._running: dict[Deadline, None] = {}
         self._is_set = False
 
-    def begin(self) -> float:
-        """The time of this task begins; when it will be over, on the event loop's clock."""
+    def begin(self) -> Deadline:
+        """The time of this task begins."""
         loop = asyncio.get_running_loop()
-        until = self._until[asyncio.current_task()] = loop.time() + self._timeout_s
+        found = Deadline(asyncio.current_task(loop), loop.time() + self._timeout_s)
+        self._running[found] = None
         if not self._is_set:
             self._is_set = True
-            loop.call_at(until, self._look, loop)
-        return until
+            loop.call_at(found.until, self._look, loop)
+        return found
 
-    def end(self) -> None:
-        """This task may take as long as it likes from now on."""
-        self._until.pop(asyncio.current_task(), None)
+    def end(self, deadline: Deadline) -> None:
+        """Its task may take as long as it likes from now on."""
+        self._running.pop(deadline, None)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
-        while self._until:
-            task, until = next(iter(self._until.items()))
-            if until > now:
-                loop.call_at(until, self._look, loop)
+        while self._running:
+            first = next(iter(self._running))
+            if first.until > now:
+                loop.call_at(first.until, self._look, loop)
                 return
-            del self._until[task]
-            if task is not None:
-                task.cancel()
+            del self._running[first]
+            if first.task is not None:
+                first.task.cancel()
         self._is_set = False
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 from starlette.datastructures import Headers
@@ -95,15 +96,17 @@ class RequestGate:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, tell: Callable[[Refusal], None]) -> None:
         """Give the request to the application. Raises Refusal where it has not begun to answer in time, as where it
         waits for its slot."""
-        until = scope[DEADLINE] = self._deadlines.begin()
+        deadline = self._deadlines.begin()
+        scope[DEADLINE] = deadline.until
+        in_time = partial(self._deadlines.end, deadline)
         try:
-            await self._app(scope, receive, _overload_in_json(scope, send, tell, self._deadlines.end))
+            await self._app(scope, receive, _overload_in_json(scope, send, tell, in_time))
         except asyncio.CancelledError:
-            if not is_over(until):
+            if not is_over(deadline.until):
                 raise
             raise too_slow(self._timeout_s) from None
         finally:
-            self._deadlines.end()
+            in_time()
 
     async def _take_in(self, sent: dict[bytes, bytes], receive: Receive, body: list[bytes], has_arrived: bool) -> None:
         """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""

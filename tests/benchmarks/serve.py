@@ -153,17 +153,19 @@ def _where(scratch: Path) -> dict[str, Any]:
             after = _thread_seconds()
         # wrk's warm-up asks as fast as its measured part.
         requests = load.per_s * (MEASURED_S["light"] + WARM_UP_S)
-        spent = {thread: 1e6 * (now - before.get(thread, 0.0)) / requests for thread, now in after.items()}
+        spent = {
+            thread: 1e6 * (now - before.get(thread, ("", 0.0))[1]) / requests for thread, (_, now) in after.items()
+        }
         print(f"{who}: {load.per_s:,.0f}/s at {max(CONNECTIONS)} connections; microseconds of processors a request:")
-        for (process, pid, tid), each in sorted(spent.items(), key=lambda item: -item[1]):
+        for (pid, tid), each in sorted(spent.items(), key=lambda item: -item[1]):
             if each >= LEAST_SHOWN_US:
-                print(f"  {each:6,.0f}  {process}, process {pid}, thread {tid}")
+                print(f"  {each:6,.0f}  {after[pid, tid][0]}, process {pid}, thread {tid}")
         totals[f"{who.split()[0]}_us"] = round(sum(spent.values()))
     return totals
 
 
-def _thread_seconds() -> dict[tuple[str, int, int], float]:
-    """Processor seconds of each thread of this user by (process, pid, tid), without the threads of this process."""
+def _thread_seconds() -> dict[tuple[int, int], tuple[str, float]]:
+    """Name and processor seconds of each thread of this user by (pid, tid), without the threads of this process."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
         pid, tid = int(stat.parts[2]), int(stat.parts[4])
@@ -171,7 +173,7 @@ def _thread_seconds() -> dict[tuple[str, int, int], float]:
             name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
             fields = rest.split()
             if pid != os.getpid():
-                found[name, pid, tid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                found[pid, tid] = name, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return found
 
 

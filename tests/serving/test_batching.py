@@ -175,6 +175,27 @@ def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_ha
     batcher.close()
 
 
+def test_a_batch_in_the_event_loop_grows_while_every_look_at_the_connections_brings_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
+    model = NotedModel()
+    batcher = Batcher(model.run, (2, 2, 3), 4)
+    batcher.in_loop = True
+    model.sizes.clear()
+
+    async def ask() -> None:
+        asked = []
+        for value in range(1, 7):
+            asked.append(asyncio.ensure_future(batcher.ask(image(value))))
+            await asyncio.sleep(0)
+        await asyncio.gather(*asked)
+
+    asyncio.run(ask())
+    batcher.close()
+    assert model.sizes == [4, 2]
+
+
 def test_while_another_model_has_the_turn_the_event_loop_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
