@@ -41,9 +41,6 @@ HAPROXY_DEFAULTS = (
 )
 """What HAProxy is to do for every backend, `balance` first."""
 
-HAPROXY_THREADS = 4
-"""At the most, which is Ray's own number."""
-
 METRICS = "RAY_enable_metrics_collection"
 
 HEAD = "node:__internal_head__"
@@ -59,6 +56,7 @@ T = TypeVar("T")
 
 def session_environment(profile: Profile) -> dict[str, str]:
     """Environment variables that Ray and TensorFlow read in the driver and in every worker."""
+    is_here = profile.address is None and profile.nodes is None
     return {
         "RAY_AUTH_MODE": profile.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -104,17 +102,11 @@ def session_environment(profile: Profile) -> dict[str, str]:
         # A replica that dies or hangs before it has answered: the request goes to another one.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(_haproxy_threads(profile)),
+        # One passes on 10,000 requests/s. Where there are few processors, Ray's four would wake each other.
+        **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 2)))} if is_here else {}),
         # Replicas have a gate of their own.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fallback.proxy_middlewares",
     }
-
-
-def _haproxy_threads(profile: Profile) -> int:
-    """On a machine of few processors one thread passes on 10,000 requests/s, and more would wake each other; a cluster
-    gets Ray's four."""
-    is_local = profile.address is None and profile.nodes is None
-    return max(1, min(HAPROXY_THREADS, local_cpus(profile) // 2)) if is_local else HAPROXY_THREADS
 
 
 def check_capacity(profile: Profile, kinds: Iterable[str], cpus: float, gpus: float, where: str) -> None:
@@ -138,7 +130,11 @@ def check_capacity(profile: Profile, kinds: Iterable[str], cpus: float, gpus: fl
 
 def local_cpus(profile: Profile) -> int:
     """Logical CPUs of a Ray that would be started here."""
-    return profile.num_cpus or len(os.sched_getaffinity(0))
+    return profile.num_cpus or _processors()
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def check_address(profile: Profile) -> None:

@@ -95,7 +95,7 @@ class Batcher:
         self._turn = turn or threading.Lock()
         self.in_loop = False
         """Whether a quick model runs in the event loop. It must be alone then: one that hangs takes the loop with it.
-        Whatever waits for company is left to the thread."""
+        What is to wait for company for some time is left to the thread."""
         self._is_quick = self._coming = False
         self._expected, self._patient_until = 0, 0.0
         self._waiting: deque[_Item] = deque()
@@ -141,7 +141,7 @@ class Batcher:
         return item.answer
 
     def _arrange(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run a batch in the event loop, once a look at the connections brings in nobody else."""
+        """Run a batch in the event loop once two turns of it have brought nobody else."""
         if not self._coming:
             self._coming = True
             loop.call_soon(loop.call_soon, self._run_here, loop, len(self._waiting))
@@ -155,7 +155,7 @@ class Batcher:
             if not self._waiting:
                 return
             turn = self._turn
-            if callable(self._waiting[0].work) or not turn.acquire(blocking=False):
+            if callable(self._waiting[0].work) or not self.in_loop or not turn.acquire(blocking=False):
                 self._changed.notify()
                 return
             items = self._first()

@@ -165,7 +165,7 @@ def _where(scratch: Path) -> dict[str, Any]:
 
 
 def _thread_seconds() -> dict[tuple[int, int], tuple[str, float]]:
-    """Name and processor seconds of each thread of this user by (pid, tid), without the threads of this process."""
+    """Name and processor seconds of the machine's threads by (pid, tid), without those of this process."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
         pid, tid = int(stat.parts[2]), int(stat.parts[4])

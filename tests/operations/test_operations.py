@@ -65,6 +65,12 @@ def test_who_looks_after_a_resting_endpoint_does_not_wake_it(place: Place) -> No
     assert not processes(REPLICA)
 
 
+def test_haproxy_leaves_half_of_the_processors_to_others(place: Place) -> None:
+    (pid,) = processes("haproxy", "-db")
+    cores = len(os.sched_getaffinity(0))
+    assert len(list(Path(f"/proc/{pid}/task").iterdir())) == max(1, min(4, cores // 2))
+
+
 def test_a_request_wakes_it_and_is_answered(place: Place) -> None:
     answer = ask(place, place.secret)
     assert (answer.status_code, answer.json()["model"]["version"]) == (200, "1")
