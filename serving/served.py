@@ -1,17 +1,19 @@
 """A bundle in memory that answers images one by one, and says how long each stage took."""
 
 import asyncio
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from jobs.bundle import Bundle
+from jobs.bundle import Bundle, LoadedBundle
 from jobs.data.decode import Pixels
 from jobs.registry import ModelVersion
 from serving.batching import Answer, Batcher
@@ -24,6 +26,8 @@ LEAVE_S = 0.2
 """How often a version that leaves is looked at for requests that it still answers."""
 POLITE_S = 0.0005
 """How long a thread that loads a version may keep the interpreter from those that answer."""
+BEHIND = 5
+"""By how much the niceness of a thread that loads a version is above its process's."""
 _LOADING = threading.Lock()
 """One is loaded at a time."""
 
@@ -57,7 +61,7 @@ class Served:
         self.version = version
         self.identity = {"name": version.model, "version": version.version, "digest": version.digest}
         self.size, self.classes = self.bundle.image_size, self.bundle.classes
-        self._loaded, self.decoding = self.bundle.load(), decoding
+        self._loaded, self.decoding = _load(self.bundle), decoding
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
         self._turn, self._may_run_in_loop = turn, may_run_in_loop
@@ -164,6 +168,22 @@ class Served:
 def runs_in_loop(threads: int, gpus: float) -> bool:
     """Whether a quick model may run in a replica's event loop: what has more than one processor works beside it."""
     return threads == 1 and gpus == 0
+
+
+def _load(bundle: Bundle) -> LoadedBundle:
+    """Load a bundle behind whoever answers on this machine. It took half of a processor from them for a second."""
+    import tensorflow as tf
+
+    # The threads that all models share begin with the first operation, as nice as who calls it.
+    tf.zeros(())
+
+    def load() -> LoadedBundle:
+        os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, 0) + BEHIND)
+        return bundle.load()
+
+    # What a thread has given away of its priority it does not get back.
+    with ThreadPoolExecutor(1, thread_name_prefix="load") as own:
+        return own.submit(load).result()
 
 
 @contextmanager

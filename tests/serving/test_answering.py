@@ -1,6 +1,7 @@
 """A replica with two versions whose models do as they are told, and how it chooses, compares and counts."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
 from serving.rollout.director import Director, Told
 from serving.rollout.state import Rollout, Version
-from serving.served import Served
+from serving.served import BEHIND, Served
 from tests.serving.conftest import picture
 
 OLD, NEW = Version("6", "sha256:old", "/b/6"), Version("7", "sha256:new", "/b/7")
@@ -283,6 +284,24 @@ def test_an_endpoint_that_starts_again_goes_on_where_it_stood(tmp_path: Path) ->
     # The same start of the endpoint, whose control actor has died, serves what was promoted; another what it is given.
     assert Director(log, "e2", OLD, RolloutConfig()).champion == NEW
     assert Director(log, "e3", OLD, RolloutConfig()).champion == OLD
+
+
+def test_a_version_is_loaded_behind_whoever_answers_and_answers_like_them(tmp_path: Path) -> None:
+    class Noted(Model):
+        def load(self) -> Model:
+            seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return self
+
+        def predict_pixels(self, images: Pixels) -> Outputs:
+            seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+            return super().predict_pixels(images)
+
+    seen: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        version = MadeVersion("m", "6", tmp_path, "sha256:old", Noted(0))
+        Served(version, 4, 0.0, Decoding(pool), threading.Lock()).close()
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert seen[0] == min(19, own + BEHIND) and set(seen[1:]) == {own}
 
 
 def test_an_endpoint_with_another_champion_ends_the_rollout(tmp_path: Path) -> None:
