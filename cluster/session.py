@@ -102,7 +102,7 @@ def session_environment(profile: Profile) -> dict[str, str]:
         # A replica that dies or hangs before it has answered: the request goes to another one.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
-        # One passes on 10,000 requests/s. Where there are few processors, Ray's four would wake each other.
+        # A request takes some 65 µs of one. Where there are few processors, Ray's four would wake each other.
         **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 2)))} if is_here else {}),
         # Replicas have a gate of their own.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fallback.proxy_middlewares",

@@ -171,7 +171,7 @@ def runs_in_loop(threads: int, gpus: float) -> bool:
 
 
 def _load(bundle: Bundle) -> LoadedBundle:
-    """Load a bundle behind whoever answers on this machine. It took half of a processor from them for a second."""
+    """Load a bundle behind whoever answers on this machine: it keeps a processor busy for a second, and longer."""
     import tensorflow as tf
 
     # The threads that all models share begin with the first operation, as nice as who calls it.

@@ -161,28 +161,31 @@ def test_a_quick_model_that_is_alone_runs_where_its_images_arrive(
     assert {thread == threading.get_ident() for thread in model.threads} == {here}
 
 
-def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_harms_no_other(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NotedModel, Batcher]]:
+    """A model that runs in the event loop, and has noted nothing yet."""
     monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
     model = NotedModel()
     batcher = Batcher(model.run, (2, 2, 3), 4)
     batcher.in_loop = True
     model.sizes.clear()
-    answers = ask_at_once(batcher, [1, 2, 3, 4, 255])
-    assert model.sizes == [4, 1]
-    assert [isinstance(answer, ValueError) for answer in answers] == [False] * 4 + [True]
+    yield model, batcher
     batcher.close()
 
 
-def test_a_batch_in_the_event_loop_grows_while_every_look_at_the_connections_brings_more(
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_arrives_together_is_a_batch_in_the_event_loop_too_and_a_bad_one_harms_no_other(
+    quick: tuple[NotedModel, Batcher],
 ) -> None:
-    monkeypatch.setattr("serving.batching.QUICK_S", 1.0)
-    model = NotedModel()
-    batcher = Batcher(model.run, (2, 2, 3), 4)
-    batcher.in_loop = True
-    model.sizes.clear()
+    model, batcher = quick
+    answers = ask_at_once(batcher, [1, 2, 3, 4, 255])
+    assert model.sizes == [4, 1]
+    assert [isinstance(answer, ValueError) for answer in answers] == [False] * 4 + [True]
+
+
+def test_a_batch_in_the_event_loop_grows_while_every_look_at_the_connections_brings_more(
+    quick: tuple[NotedModel, Batcher],
+) -> None:
+    model, batcher = quick
 
     async def ask() -> None:
         asked = []
@@ -192,7 +195,6 @@ def test_a_batch_in_the_event_loop_grows_while_every_look_at_the_connections_bri
         await asyncio.gather(*asked)
 
     asyncio.run(ask())
-    batcher.close()
     assert model.sizes == [4, 2]
 
 
