@@ -95,15 +95,17 @@ def session_environment(profile: Profile) -> dict[str, str]:
         # HAProxy learns of a leaving replica within a second; Ray's 30 s would hold up every stop.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "2",
-        # Serve starts HAProxy again after three checks that failed: two seconds without an endpoint, not thirty.
+        # Serve starts its HAProxy again after three checks that failed: in a RayService, two seconds without an
+        # endpoint, not thirty.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5",
         # A tenth of a second would cost 5 % of a core, and a busy endpoint 8 % of its answers.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
         # A replica that dies or hangs before it has answered: the request goes to another one.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
-        # A request takes some 65 µs of one. Where there are few processors, Ray's four would wake each other.
-        **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 2)))} if is_here else {}),
+        # A request takes some 65 µs of one. Where there are few processors, Ray's four would wake each other. There are
+        # two such processes (serving.front_process).
+        **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 4)))} if is_here else {}),
         # Replicas have a gate of their own.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fallback.proxy_middlewares",
     }

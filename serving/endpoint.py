@@ -79,26 +79,30 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
         raise EndpointError("Ray Serve runs on this cluster already: stop it first (`serve shutdown`)")
     version.open()
     from serving.app import build_application
+    from serving.front import behind, front
     from serving.open_inference_grpc import serve_options
 
+    within = behind(profile, config)
     control = start_control(profile, config, version)
     try:
-        try:
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": config.host, "port": config.port},
-                grpc_options=None
-                if config.grpc_port is None
-                else serve_options(config.grpc_port, config.request_timeout_s),
-            )
-            serve.run(build_application(config, version.model, profile, control), name=APPLICATION, route_prefix="/")
-        except (RuntimeError, TimeoutError) as error:
-            raise EndpointError(
-                f"model {version.model} version {version.version} cannot be served: {_reason(error, APPLICATION)}"
-            ) from error
-        url = _url(profile, config)
-        _wait_until_ready(url)
-        yield url
+        with front(config):
+            try:
+                serve.start(
+                    proxy_location="HeadOnly",
+                    http_options={"host": within.host, "port": within.port},
+                    grpc_options=None
+                    if within.grpc_port is None
+                    else serve_options(within.grpc_port, config.request_timeout_s),
+                )
+                application = build_application(config, version.model, profile, control)
+                serve.run(application, name=APPLICATION, route_prefix="/")
+            except (RuntimeError, TimeoutError) as error:
+                raise EndpointError(
+                    f"model {version.model} version {version.version} cannot be served: {_reason(error, APPLICATION)}"
+                ) from error
+            url = _url(profile, config)
+            _wait_until_ready(url)
+            yield url
     finally:
         serve.shutdown()
         try:

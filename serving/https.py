@@ -1,28 +1,24 @@
-"""HTTPS in front of an endpoint, as the profile says: what Ray Serve then listens on, and what clients are told."""
+"""HTTPS in front of an endpoint, as the profile says: what then listens behind it, and what clients are told."""
 
 import contextlib
 import ssl
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import ray
 
 from cluster.errors import EndpointError
 from cluster.profile import Profile, TlsFiles
-from cluster.session import HEAD, free_ports
 from cluster.tls.certificate import Certificate, PemFiles, read_pair
 from cluster.tls.proxy import TlsProxy, Way
 from serving.config import SILENT_S, ServeConfig
-
-ON_HEAD = {"num_cpus": 0, "resources": {HEAD: 0.001}}
-T = TypeVar("T")
+from serving.front import ON_HEAD, behind, on_head
 
 
 def find_certificate(profile: Profile) -> Certificate | None:
     """The profile's certificate, read where the proxy runs. Raises EndpointError, one line, where it cannot be used."""
     if profile.tls is None:
         return None
-    found = _on_head(profile, _look, _pem(profile.tls))
+    found = on_head(profile, _look, _pem(profile.tls))
     if isinstance(found, str):
         raise EndpointError(found)
     return found
@@ -50,23 +46,12 @@ def notice(profile: Profile, config: ServeConfig) -> str | None:
 
 @contextlib.contextmanager
 def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[ServeConfig]:
-    """HTTPS by `files` at `config`'s ports for the length of the block; yields where Ray Serve is to listen instead.
-
-    On this machine that is a loopback address. On a cluster the replicas of other nodes must be reached.
-    """
-    port, grpc_port = _on_head(profile, free_ports, 2)
-    behind = config.model_copy(
-        update={
-            "host": "127.0.0.1" if profile.address is None else config.host,
-            "port": port,
-            "grpc_port": None if config.grpc_port is None else grpc_port,
-            "keys": "required" if config.wants_keys else "none",
-        }
-    )
-    host = "127.0.0.1" if behind.host in ("0.0.0.0", "::") else behind.host
+    """HTTPS by `files` at `config`'s ports for the length of the block; yields where plain HTTP is to come in."""
+    within = behind(profile, config)
+    host = "127.0.0.1" if within.host in ("0.0.0.0", "::") else within.host
     grpc = None
-    if config.grpc_port is not None:
-        grpc = Way(_place(config.host, config.grpc_port), _place(host, grpc_port))
+    if config.grpc_port is not None and within.grpc_port is not None:
+        grpc = Way(_place(config.host, config.grpc_port), _place(host, within.grpc_port))
     proxy = (
         ray.remote(TlsProxy)
         .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
@@ -75,7 +60,7 @@ def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[Se
             "the endpoint",
             # The endpoint's own deadline comes first, also that of a second replica.
             2 * (config.request_timeout_s + SILENT_S) + 10,
-            Way(_place(config.host, config.port), _place(host, port)),
+            Way(_place(config.host, config.port), _place(host, within.port)),
             grpc,
         )
     )
@@ -83,7 +68,7 @@ def https(profile: Profile, files: TlsFiles, config: ServeConfig) -> Iterator[Se
         fault = ray.get(proxy.fault.remote())
         if fault is not None:
             raise EndpointError(fault)
-        yield behind
+        yield within
     finally:
         # HAProxy ends with the actor's process, too, where that does not answer.
         with contextlib.suppress(ray.exceptions.RayError):
@@ -100,14 +85,6 @@ def _look(files: PemFiles) -> Certificate | str:
         return read_pair(files)
     except EndpointError as error:
         return str(error)
-
-
-def _on_head(profile: Profile, function: Callable[..., T], *arguments: Any) -> T:
-    """The function's result on the node whose proxy takes the requests."""
-    if profile.address is None:
-        return function(*arguments)
-    result: T = ray.get(ray.remote(**ON_HEAD)(function).remote(*arguments))
-    return result
 
 
 def _place(host: str, port: int) -> str:

