@@ -159,15 +159,16 @@ def _check_place(profile: Profile, config: ServeConfig) -> None:
     if profile.address is None:
         check_port(config)
     else:
-        _end_leftover()
+        _end_leftover(profile)
         _check_cluster(config)
 
 
-def _end_leftover() -> None:
+def _end_leftover(profile: Profile) -> None:
     """End what a killed process has left of its endpoint: Serve outlives it, the actor that its replicas share not."""
     import ray
     from ray import serve
 
+    from serving import front
     from serving.control import NAME, NAMESPACE
 
     if set(serve.status().applications) != {APPLICATION}:
@@ -177,6 +178,7 @@ def _end_leftover() -> None:
     except ValueError:
         logger.warning("the endpoint of a process that was killed is ended")
         serve.shutdown()
+        front.on_head(profile, front.end_leftover)
 
 
 def check_port(config: ServeConfig) -> None:

@@ -30,6 +30,7 @@ from serving import front_process
 from serving.config import ServeConfig
 
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+PREFIX = "helio-front-"
 LOOK_S = 0.1
 END_S = front_process.FINISH_S + 3.0
 
@@ -69,7 +70,7 @@ def front(config: ServeConfig) -> Iterator[None]:
     actor = (
         ray.remote(Front)
         .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
-        .remote(f"helio-front-{uuid.uuid4().hex[:12]}", places)
+        .remote(f"{PREFIX}{uuid.uuid4().hex[:12]}", places)
     )
     try:
         fault = ray.get(actor.fault.remote())
@@ -120,12 +121,7 @@ class Front:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self._is_running():
-            os.kill(int((self._directory / "process").read_text()), signal.SIGTERM)
-            deadline = time.monotonic() + END_S
-            while self._is_running() and time.monotonic() < deadline:
-                time.sleep(LOOK_S / 4)
-        shutil.rmtree(self._directory, ignore_errors=True)
+        _end(self._directory)
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):
@@ -142,5 +138,27 @@ class Front:
     def _is_running(self) -> bool:
         if self._process is not None:
             self._process.poll()
-        with open(self._directory / "process", "a") as file:
-            return not front_process.is_free(file)
+        return _is_locked(self._directory / "process")
+
+
+def end_leftover() -> None:
+    """End what a command that was killed has left on this node. A front whose actor lives is left alone."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        # Another user's is not to be opened.
+        with contextlib.suppress(PermissionError):
+            if not _is_locked(directory / "actor"):
+                _end(directory)
+
+
+def _end(directory: Path) -> None:
+    if _is_locked(directory / "process"):
+        os.kill(int((directory / "process").read_text()), signal.SIGTERM)
+        deadline = time.monotonic() + END_S
+        while _is_locked(directory / "process") and time.monotonic() < deadline:
+            time.sleep(LOOK_S / 4)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _is_locked(path: Path) -> bool:
+    with open(path, "a") as file:
+        return not front_process.is_free(file)

@@ -7,6 +7,7 @@ HAProxy is begun anew, whether it has died or its configuration is another one, 
 refused. Prints `ready` once it has the ports, or why it cannot have them.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,22 +101,31 @@ class Front:
         """Return once HAProxy has ended."""
         left: float | None = None
         with open(self.directory / "actor", "a") as actor:
-            while not self.ending and self.node not in self._wait():
+            while not self.ending and not self._is_node_gone():
+                self._wait()
                 left = (left or time.monotonic()) if is_free(actor) else None
                 if left is not None and time.monotonic() - left > ABANDONED_S:
                     break
                 self._replace_dead()
                 self._follow()
         self._end()
+        if not self.ending:
+            # Nobody is left who would.
+            shutil.rmtree(self.directory, ignore_errors=True)
+        if self._is_node_gone():
+            self._end_serves()
 
     def _told(self, *_: Any) -> None:
         self.ending = True
 
-    def _wait(self) -> list[int]:
-        """Until something has happened, or for a moment; which descriptors tell of it."""
+    def _is_node_gone(self) -> bool:
+        return self.node in select.select([self.node], [], [], 0)[0]
+
+    def _wait(self) -> None:
+        """Until a process has ended, or for a moment."""
         processes = [os.pidfd_open(process.pid) for process in self.running if process.poll() is None]
         try:
-            return select.select([self.node, *processes], [], [], LOOK_S)[0]
+            select.select([self.node, *processes], [], [], LOOK_S)
         finally:
             for descriptor in processes:
                 os.close(descriptor)
@@ -200,6 +211,13 @@ class Front:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    def _end_serves(self) -> None:
+        """Serve's own HAProxy does not end by itself where Serve was killed."""
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(self.follow).encode() in entry.read_bytes().split(b"\0"):
+                    os.kill(int(entry.parent.name), signal.SIGTERM)
 
 
 def _end_with_parent() -> None:

@@ -196,15 +196,18 @@ def test_it_follows_serve_without_losing_a_request(front: Front) -> None:
         eventually(lambda: front.asked() == "a")
 
 
-def test_it_ends_with_its_node_and_gives_the_port_back(front: Front) -> None:
+def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) -> None:
     with replica("a") as port:
         front.serves(serves(port))
         eventually(lambda: _answers(front))
+        # As Serve starts its own, which nobody ends where Serve was killed.
+        serves_own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(front.follow)])
         front.node.kill()
         front.node.wait()
         front.process.wait(10)
         with pytest.raises(requests.ConnectionError):
             front.asked()
+        assert serves_own.wait(10) == -signal.SIGTERM and not tmp_path.exists()
 
 
 def test_another_one_takes_its_place(front: Front, tmp_path: Path) -> None:
