@@ -1,13 +1,14 @@
 """The Ray that a command runs on: started here for its length, or a cluster that is there already."""
 
 import os
+import random
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 from cluster.errors import CapacityError, HelioError
@@ -40,6 +41,10 @@ HAPROXY_DEFAULTS = (
     "srvtcpka-cnt 3",
 )
 """What HAProxy is to do for every backend, `balance` first."""
+
+PORTS = range(20000, 30000)
+"""Where a free port is looked for: one above 32767 Linux may give to who connects before it is listened on. Serve's
+replicas begin at 30000, and the workers of a cluster end at 19999."""
 
 METRICS = "RAY_enable_metrics_collection"
 
@@ -321,10 +326,16 @@ def interruptible(work: Callable[[], T], end: Callable[[], float] = lambda: 0.0)
 
 
 def free_ports(count: int) -> list[int]:
-    """Different TCP ports of the loopback address that nothing listens on now."""
+    """Different TCP ports of the loopback address that nothing listens on now. Raises HelioError."""
+    found: list[int] = []
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(listener.getsockname()[1]) for listener in listeners]
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            if len(found) == count:
+                return found
+            with suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    raise HelioError(f"{count} free TCP ports are needed from {PORTS.start} to {PORTS.stop - 1}, which are in use")
 
 
 def check_nodes(profile: Profile, kinds: Iterable[str], nodes: Sequence[Mapping[str, float]]) -> None:

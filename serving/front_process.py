@@ -263,8 +263,9 @@ def _take(kind: str, host: str, port: int) -> socket.socket:
             return taken
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                setting = "serve.port" if kind == "http" else f"serve.{kind}_port"
-                raise Fault(f"{setting} {port} on {host} cannot be opened: {error.strerror}") from error
+                name = "serve.port" if kind == "http" else f"serve.{kind}_port"
+                fault = f"{name} {port} on {host} cannot be opened ({error.strerror}): set {name}=…"
+                raise Fault(fault) from error
             time.sleep(LOOK_S)
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -253,7 +254,7 @@ def test_the_end_lets_requests_under_way_be_answered(front: Front) -> None:
 def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, open(tmp_path / "actor", "w") as actor:
         fcntl.flock(actor, fcntl.LOCK_EX)
-        settings = {
+        settings: dict[str, Any] = {
             "haproxy": get_haproxy_binary(),
             "follow": str(tmp_path / "serve.cfg"),
             "directory": str(tmp_path),
@@ -261,9 +262,8 @@ def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
             "node": os.getpid(),
         }
         command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
-        assert subprocess.run(command, capture_output=True, text=True).stdout == (
-            f"serve.port {taken.getsockname()[1]} on 127.0.0.1 cannot be opened: Address already in use\n"
-        )
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+    assert told.startswith(f"serve.port {settings['places']['http'][1]} on 127.0.0.1 cannot be opened (Address already")
 
 
 def test_another_kind_of_configuration_is_refused() -> None:
