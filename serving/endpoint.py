@@ -118,12 +118,12 @@ def start_control(profile: Profile, config: ServeConfig, version: ModelVersion, 
     import ray
 
     from serving.control import NAME, NAMESPACE, Control
+    from serving.front import ON_HEAD
 
     options = {
+        **ON_HEAD,
         "name": NAME,
         "namespace": NAMESPACE,
-        "num_cpus": 0,
-        "resources": {HEAD: 0.001},
         "max_restarts": -1,
         "max_task_retries": 2,
         "max_concurrency": 1000,
@@ -160,7 +160,7 @@ def _check_place(profile: Profile, config: ServeConfig) -> None:
         check_port(config)
     else:
         _end_leftover(profile)
-        _check_cluster(config)
+        _check_cluster(profile, config)
 
 
 def _end_leftover(profile: Profile) -> None:
@@ -201,11 +201,13 @@ def port_fault(config: ServeConfig) -> str | None:
     return None
 
 
-def _check_cluster(config: ServeConfig) -> None:
+def _check_cluster(profile: Profile, config: ServeConfig) -> None:
     """The same on the head node of a cluster, and what only a cluster can have against an endpoint."""
     import ray
 
-    fault = ray.get(ray.remote(num_cpus=0, resources={HEAD: 0.001})(port_fault).remote(config))
+    from serving.front import on_head
+
+    fault = on_head(profile, port_fault, config)
     if fault is not None:
         raise EndpointError(fault)
     nodes = sum(node["Alive"] for node in ray.nodes())

@@ -1,8 +1,8 @@
-"""What takes an endpoint's requests: an HAProxy that outlives Ray Serve's own processes.
+"""What takes an endpoint's requests: HAProxies that outlive Ray Serve's own processes.
 
 Serve runs one, too, and starts it anew where it dies, with the actor that minds it: seconds in which nobody listens. So
-Serve's listens elsewhere and takes no requests; this one does what Serve writes for it, and its ports stay open
-(`serving.front_process`). It ends with its node's Ray, and with the command that has started it.
+Serve's listens elsewhere and takes no requests; these do what Serve writes for it, and their ports stay open
+(`serving.front_process`). They end with their node's Ray, and with the command that has started them.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import ray
 
@@ -33,6 +33,7 @@ from serving import front_process
 from serving.config import ServeConfig
 
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
+T = TypeVar("T")
 LOOK_S = 0.1
 END_S = front_process.FINISH_S + 3.0
 TAKE_S = 3.0
@@ -55,11 +56,12 @@ def behind(profile: Profile, config: ServeConfig) -> ServeConfig:
     )
 
 
-def on_head(profile: Profile, function: Any, *arguments: Any) -> Any:
+def on_head(profile: Profile, function: Callable[..., T], *arguments: Any) -> T:
     """The function's result on the node that takes the requests."""
     if profile.address is None:
         return function(*arguments)
-    return ray.get(ray.remote(**ON_HEAD)(function).remote(*arguments))
+    result: T = ray.get(ray.remote(**ON_HEAD)(function).remote(*arguments))
+    return result
 
 
 @contextlib.contextmanager

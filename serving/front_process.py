@@ -77,8 +77,8 @@ def rewrite(text: str, descriptors: dict[str, int], directory: str) -> str | Non
     return "".join(found) if backends else None
 
 
-class Front:
-    """Runs HAProxy until it is told to end, or those who would tell it are gone."""
+class HAProxies:
+    """Runs them until it is told to end, or those who would tell it are gone."""
 
     def __init__(
         self,
@@ -167,8 +167,8 @@ class Front:
         if now == self.seen:
             return
         # As Serve does when it writes.
-        with open(f"{self.follow}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
+        with open(f"{self.follow}.lock", "a") as written:
+            fcntl.flock(written, fcntl.LOCK_SH)
             serves = self.follow.read_text()
         text = rewrite(serves, self.descriptors, str(self.directory))
         if text is not None and text != self.text:
@@ -265,7 +265,7 @@ def main() -> None:
             own.write(str(os.getpid()))
             own.flush()
             print(READY, flush=True)
-            Front(**settings).run()
+            HAProxies(**settings).run()
         else:
             # Another one does.
             print(READY, flush=True)

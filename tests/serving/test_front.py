@@ -1,4 +1,4 @@
-"""The program that has an endpoint's ports, in front of servers that each say who they are."""
+"""The program that runs an endpoint's HAProxies, in front of servers that each say who they are."""
 
 import fcntl
 import json
@@ -7,13 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from serving.config import ServeConfig
 from serving.front import front as open_front
 from serving.front_process import Fault, rewrite
 from tests.operations.traffic import eventually, gone
+from tests.tls.test_proxy import behind, text
 
 SERVES = """\
 global
@@ -65,36 +65,14 @@ def serves(*ports: int, backend: bool = True) -> str:
     return SERVES.format(backend=f"backend http-helio\n    http-reuse always\n{servers}" if backend else "")
 
 
-@contextmanager
-def replica(name: str) -> Iterator[int]:
+def replica(name: str) -> AbstractContextManager[int]:
     """A server that says its name, after as long as it is asked to wait; yields its port."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def handle(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(float(handler.path.strip("/") or 0))
+        text(handler, name)
 
-        def do_GET(self) -> None:
-            time.sleep(float(self.path.strip("/") or 0))
-            self.send_response(200)
-            self.send_header("content-length", str(len(name)))
-            self.end_headers()
-            self.wfile.write(name.encode())
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: object, client_address: object) -> None:
-            pass  # whoever has asked was killed
-
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return behind(handle)
 
 
 @dataclass(frozen=True)
@@ -138,6 +116,15 @@ def front(tmp_path: Path) -> Iterator[Front]:
         yield Front(f"http://127.0.0.1:{taken.getsockname()[1]}", process, follow, node, taken)
 
 
+@contextmanager
+def answering(front: Front) -> Iterator[None]:
+    """A replica called a answers, through the front."""
+    with replica("a") as port:
+        front.serves(serves(port))
+        eventually(lambda: _answers(front))
+        yield
+
+
 def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> subprocess.Popen[str]:
     settings = {
         "haproxy": get_haproxy_binary(),
@@ -155,9 +142,7 @@ def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> su
 
 
 def test_who_connects_while_haproxy_is_gone_waits_and_is_answered(front: Front) -> None:
-    with replica("a") as port:
-        front.serves(serves(port))
-        eventually(lambda: _answers(front))
+    with answering(front):
         for pid in front.haproxies():
             os.kill(pid, signal.SIGKILL)
             eventually(lambda pid=pid: gone(pid))
@@ -166,9 +151,7 @@ def test_who_connects_while_haproxy_is_gone_waits_and_is_answered(front: Front) 
 
 
 def test_one_haproxy_takes_no_others_requests_with_it(front: Front) -> None:
-    with replica("a") as port, ThreadPoolExecutor(40) as users:
-        front.serves(serves(port))
-        eventually(lambda: _answers(front))
+    with answering(front), ThreadPoolExecutor(40) as users:
 
         def ask(_: int) -> str:
             try:
@@ -192,8 +175,8 @@ def test_it_follows_serve_without_losing_a_request(front: Front) -> None:
         eventually(lambda: front.asked() == "b")
         assert begun.result() == "a"
         # A Serve that is starting anew knows neither applications nor replicas at first.
-        for text in (serves(backend=False), serves()):
-            front.serves(text)
+        for unknown in (serves(backend=False), serves()):
+            front.serves(unknown)
             time.sleep(3 * front_process.LOOK_S)
             assert front.asked() == "b"
         front.serves(serves(a))
@@ -214,9 +197,7 @@ def test_no_haproxy_is_left_behind_by_changes_in_quick_succession(front: Front) 
 
 
 def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) -> None:
-    with replica("a") as port:
-        front.serves(serves(port))
-        eventually(lambda: _answers(front))
+    with answering(front):
         # As Serve starts its own, which nobody ends where Serve was killed.
         serves_own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(front.follow)])
         front.taken.close()
@@ -229,9 +210,7 @@ def test_it_ends_with_its_node_and_leaves_nothing(front: Front, tmp_path: Path) 
 
 
 def test_another_one_takes_its_place(front: Front, tmp_path: Path) -> None:
-    with replica("a") as port, ThreadPoolExecutor(2) as users:
-        front.serves(serves(port))
-        eventually(lambda: _answers(front))
+    with answering(front), ThreadPoolExecutor(2) as users:
         begun = users.submit(front.asked, "/1")
         time.sleep(0.3)
         front.process.kill()
@@ -246,9 +225,7 @@ def test_another_one_takes_its_place(front: Front, tmp_path: Path) -> None:
 
 
 def test_the_end_lets_requests_under_way_be_answered(front: Front) -> None:
-    with replica("a") as port, ThreadPoolExecutor(1) as user:
-        front.serves(serves(port))
-        eventually(lambda: _answers(front))
+    with answering(front), ThreadPoolExecutor(1) as user:
         begun = user.submit(front.asked, "/1")
         time.sleep(0.3)
         front.process.terminate()
