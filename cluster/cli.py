@@ -308,7 +308,8 @@ def _recipes(arguments: argparse.Namespace) -> int:
 def _print_plan(document: dict[str, Any], as_json: bool) -> None:
     import yaml
 
-    print(json.dumps(document, indent=2) if as_json else yaml.safe_dump(document, sort_keys=False).rstrip())
+    text = json.dumps(document, indent=2) if as_json else yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    print(text.rstrip())
 
 
 if __name__ == "__main__":

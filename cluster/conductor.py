@@ -73,7 +73,7 @@ def _main(name: str, command: str, resumes: bool, output: Output) -> int:
                 code = Conductor(run, stages, command == "run", output).conduct()
             finally:
                 if code:
-                    progress.say(f"stopped: `helio resubmit {run.name}` goes on from the last finished stage")
+                    progress.say(f"stopped: `helio resubmit {run.name}` goes on from there")
         return code
 
 

@@ -5,10 +5,11 @@ have meanwhile, not how busy a processor was: the start of a process counts, wha
 likewise.
 
 They are measured, since no profile knows them: training goes on with fewer workers, slots of a search fall idle, ingest
-takes what the cluster has. Twice a second (less often where Ray takes long to answer: one part in fifty of the time at
-most), a thread of the driver asks for what the cluster has less what is free, and adds up the mean of two answers times
-the time between them. So each reservation is seen up to half a second late, at its begin and at its end: of stages of a
-second the figures say little. Seconds for which Ray gave no answer are counted apart (`unmeasured_s`).
+takes what the cluster has. Twice a second, at first more often (later less often where Ray takes long to answer: one
+part in fifty of the time at most), a thread of the driver asks for what the cluster has less what is free, and adds up
+the mean of two answers times the time between them. So each reservation is seen up to half a second late, at its begin
+and at its end: of stages of a second the figures say little. Seconds for which Ray gave no answer are counted apart
+(`unmeasured_s`).
 
 Ray does not tell what is reserved for whom. On a Ray that the command has started, all is its own. On a cluster that
 others may use, what is held as an attempt begins is taken off, and what others take or give back during it is counted
@@ -28,8 +29,10 @@ SAMPLE_S = 0.5
 WRITE_S = 5.0
 """What is lost of an attempt whose driver is killed, at the most."""
 PATIENCE = 50
-"""Asking takes one part in so many of the time, but is not rarer than `REST_S`: a short stage would hold nothing."""
+"""Asking takes one part in so many of the time, but is not rarer than `REST_S`."""
 REST_S = 5.0
+FIRST_S = 0.1
+"""The first rest; each may be longer than the one before by a fifth. Else a short stage would hold nothing."""
 JOIN_S = 10.0
 
 Attempt = dict[str, Any]
@@ -83,11 +86,11 @@ class Meter:
             logger.warning("what the attempt has cost cannot be written: %s", fault)
 
     def _run(self) -> None:
-        rest = SAMPLE_S
+        rest = FIRST_S
         while not self._stop.wait(rest):
             asked = time.monotonic()
             self._sample()
-            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S)
+            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S, 1.2 * rest)
             if time.monotonic() - self._kept >= WRITE_S:
                 self._kept = time.monotonic()
                 try:

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from cluster.output import in_notebook
 
@@ -63,16 +64,14 @@ class Task:
         self._figures = {**self._figures, **figures}
         self._progress.document()
         shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        count = f"{done:,.0f}" if self._total is None else f"{done:,.0f}/{total:,.0f}"
+        counted = [f"{count} {self._unit}", f"{rate:,.0f}/s" if rate else ""]
         if self._progress.bars and self._bar is not None:
-            self._progress.bars.update(
-                self._bar, completed=done, figures=f"{rate:,.0f} {self._unit}/s  {shown}" if rate else shown
-            )
+            self._progress.bars.update(self._bar, completed=done, figures=_joined(*counted, shown))
         elif now - self._told >= self._progress.interval_s or done >= total:
             self._told = now
             left = f"{(total - done) / rate:,.0f} s left" if rate and done < total < float("inf") else ""
-            count = f"{done:,.0f}" if self._total is None else f"{done:,.0f}/{total:,.0f}"
-            parts = [f"{count} {self._unit}", f"{rate:,.0f}/s" if rate else "", left, shown]
-            self._progress.say(f"  {self._title}: " + "  ".join(part for part in parts if part))
+            self._progress.say(f"  {self._title}: {_joined(*counted, left, shown)}")
 
     def to_dict(self) -> dict[str, Any]:
         """As progress.json has it."""
@@ -93,7 +92,8 @@ class _Bars(Progress):
 
     def __init__(self, *columns: ProgressColumn, console: Console, below: Callable[[], RenderableType] | None) -> None:
         self._below = below
-        super().__init__(*columns, console=console)
+        # sys.stderr stays what it is: what Ray and TensorFlow write there belongs in the log, not above the bars.
+        super().__init__(*columns, console=console, redirect_stdout=False, redirect_stderr=False)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """See `Progress.get_renderables`."""
@@ -211,11 +211,16 @@ class RunProgress:
             with self._under_way(Task(self, title, total, unit)) as task:
                 yield task
             return
-        columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(20, table_column=Column(no_wrap=True)),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # Where the terminal is narrow, they go on in the next line.
+            TextColumn("{task.fields[figures]}", table_column=Column()),
+        )
         kind = _CellBars if in_notebook() else _Bars
-        with kind(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self.console, below=below
-        ) as bars:
+        with kind(*columns, console=self.console, below=below) as bars:
             self.bars = bars
             try:
                 with self._under_way(Task(self, title, total, unit)) as task:
@@ -232,6 +237,10 @@ class RunProgress:
         finally:
             self._task = None
             self.document(now=True)
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(part for part in parts if part)
 
 
 @contextmanager

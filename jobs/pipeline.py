@@ -95,7 +95,7 @@ def _at_work(run: Run, output: Output, again: str | None = None) -> Iterator[Non
                 if in_use():
                     run.progress.say("what was under way goes on until what else uses Ray here is closed, too")
             if again is not None:
-                run.progress.say(f"stopped: `{again}` goes on from the last finished stage")
+                run.progress.say(f"stopped: `{again}` goes on from there")
             raise
         finally:
             write_json(run.directory / "results.json", collect_results(run))

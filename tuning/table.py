@@ -118,9 +118,11 @@ class TrialTable:
 
     def rendered(self) -> Table:
         """What runs, and what has ended last."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name in ("trial", "", "epochs", f"best {title(self._metric)}", "settings"):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+        for name in ("trial", "", "epochs", f"best {title(self._metric)}"):
             table.add_column(name, no_wrap=True)
+        # Where the terminal is narrow, settings are cut and nothing else.
+        table.add_column("settings", no_wrap=True, ratio=1)
         rows = sorted(self._rows.values(), key=lambda row: (row.outcome in ENDS, -row.number))
         for row in rows[:ROWS]:
             best = "" if row.best is None else shown(self._metric, row.best)

@@ -220,7 +220,7 @@ def test_a_run_outlives_a_death_a_more_urgent_run_and_a_stop(cluster: Cluster, m
     read_until("going on from the checkpoint of step")
     assert cluster.helio("stop", job, "--profile", profile).returncode == 0
     rest = follower.communicate(timeout=60)[0]
-    assert follower.returncode == 130 and f"`helio resubmit {job}` goes on from the last finished stage" in rest
+    assert follower.returncode == 130 and f"`helio resubmit {job}` goes on from there" in rest
     assert cluster.helio("wait", job, "--profile", profile).returncode == 130
     again = cluster.helio("resubmit", job, "--profile", profile, "--follow")
     assert again.returncode == 0, again.stdout + again.stderr
