@@ -22,10 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse stops at the first option: what stands behind it belongs to the overrides, or to the files, too.
-    unknown = [word for word in rest if word.startswith("-")]
+    words: list[str] | None = getattr(arguments, "files" if arguments.command == "predict" else "overrides", None)
+    unknown = rest if words is None else [word for word in rest if word.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    (arguments.files if arguments.command == "predict" else arguments.overrides).extend(rest)
+    if words is not None:
+        words.extend(rest)
     from cluster.output import ended
 
     return ended(lambda output: _dispatch(arguments, output))

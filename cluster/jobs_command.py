@@ -67,7 +67,8 @@ def list_command(profile: Profile, as_json: bool, output: "Output") -> int:
     else:
         head = ("job", "state", "stage", "priority", "started (UTC)", "took")
         rows = [(job["job"], job["state"], _at(job), job["priority"] or "", _minute(job), _took(job)) for job in jobs]
-        print(table_text([head, *rows], numeric=(3, 5), width=width_of(output.results)), file=output.results)
+        text = table_text([head, *rows], numeric=(3, 5), width=width_of(output.results), spare=(3, 4))
+        print(text, file=output.results)
     return 0
 
 

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,15 +23,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from cluster.output import in_notebook
+from cluster.tables import measured_text, rate_text
 
 RATE_AFTER_S = 0.5
 """Before, a rate would say more of the clock than of the work."""
 DOCUMENT = "progress.json"
 DOCUMENT_EVERY_S = 1.0
+
+BAR = 20
+BESIDE = 2 + 1 + BAR + 1 + 4 + 1
+"""Characters of a line with a bar that are neither title nor figures."""
+KEPT = "\u00a0"
+"""A blank at which no line ends."""
 
 DRAWN_EVERY_S = 0.25
 """In a notebook, where each drawing goes to the browser."""
@@ -47,13 +54,13 @@ class Task:
         self._progress, self._title, self._total, self._unit = progress, title, total, unit
         self._started = self._told = time.monotonic()
         self._first: float | None = None
-        self._bar = progress.bars.add_task(title, total=total, figures="") if progress.bars else None
+        self._bar = progress.bars.add_task(title, total=total, share="", figures="") if progress.bars else None
         self._done = self._rate = 0.0
         self._figures: dict[str, float] = {}
 
-    def update(self, done: float, **figures: float) -> None:
-        """Tell that `done` of the total is done, with figures to show, as `loss=0.3`."""
-        total = float("inf") if self._total is None else self._total
+    def update(self, done: float, *, total: float | None = None, **figures: float) -> None:
+        """Tell that `done` of the total is done, with figures to show, as `loss=0.3`; `total` where it has changed."""
+        self._total = self._total if total is None else total
         now = time.monotonic()
         if self._first is None:
             # Work that a resumed run finds done does not count for the rate.
@@ -63,15 +70,35 @@ class Task:
         self._done, self._rate = done, rate
         self._figures = {**self._figures, **figures}
         self._progress.document()
-        shown = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
-        count = f"{done:,.0f}" if self._total is None else f"{done:,.0f}/{total:,.0f}"
-        counted = [f"{count} {self._unit}", f"{rate:,.0f}/s" if rate else ""]
+        over = self._total is not None and done >= self._total
+        if self._progress.bars or now - self._told >= self._progress.interval_s or over:
+            self._tell(now)
+
+    def end(self) -> None:
+        """Tell how much it was, where nobody knew that before."""
+        if self._total is None:
+            self._total = self._done
+            self._tell(time.monotonic())
+
+    def _tell(self, now: float) -> None:
+        self._told = now
+        document = self.to_dict()
+        left, count = document["left_s"], f"{self._done:,.0f}"
+        parts = [
+            f"{count} {self._unit}" if self._total is None else f"{count}/{self._total:,.0f} {self._unit}",
+            f"{rate_text(self._rate)}/s" if self._rate else "",
+            f"{left:,.0f} s left" if left and left > 0 else "",
+            *(measured_text(name, value) for name, value in self._figures.items()),
+        ]
+        parts = [part for part in parts if part]
         if self._progress.bars and self._bar is not None:
-            self._progress.bars.update(self._bar, completed=done, figures=_joined(*counted, shown))
-        elif now - self._told >= self._progress.interval_s or done >= total:
-            self._told = now
-            left = f"{(total - done) / rate:,.0f} s left" if rate and done < total < float("inf") else ""
-            self._progress.say(f"  {self._title}: {_joined(*counted, left, shown)}")
+            share = f"{100 * self._done / self._total:.0f}%" if self._total else ""
+            # Where the terminal is narrow, some of them stand in the next line.
+            room = max(24, self._progress.console.width - len(self._title) - BESIDE)
+            figures = textwrap.fill("  ".join(part.replace(" ", KEPT) for part in parts), room).replace(KEPT, " ")
+            self._progress.bars.update(self._bar, completed=self._done, total=self._total, share=share, figures=figures)
+        else:
+            self._progress.say(f"  {self._title}: " + "  ".join(parts))
 
     def to_dict(self) -> dict[str, Any]:
         """As progress.json has it."""
@@ -213,11 +240,9 @@ class RunProgress:
             return
         columns = (
             TextColumn("  {task.description}"),
-            BarColumn(20, table_column=Column(no_wrap=True)),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            # Where the terminal is narrow, they go on in the next line.
-            TextColumn("{task.fields[figures]}", table_column=Column()),
+            BarColumn(BAR),
+            TextColumn("{task.fields[share]:>4}"),
+            TextColumn("{task.fields[figures]}"),
         )
         kind = _CellBars if in_notebook() else _Bars
         with kind(*columns, console=self.console, below=below) as bars:
@@ -234,13 +259,10 @@ class RunProgress:
         self.document(now=True)
         try:
             yield task
+            task.end()
         finally:
             self._task = None
             self.document(now=True)
-
-
-def _joined(*parts: str) -> str:
-    return "  ".join(part for part in parts if part)
 
 
 @contextmanager

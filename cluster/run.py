@@ -105,7 +105,9 @@ class Run:
         """The result of a stage that must have finished. Raises HelioError."""
         result = self.result(stage)
         if result is None:
-            raise HelioError(f"run {self.name} has not finished stage {stage}: run it first, or use `helio run`")
+            raise HelioError(
+                f"run {self.name} has not finished stage {stage}: `helio run --resume {self.name}` goes on with it"
+            )
         return result
 
     def tell_finished(self, stages: Sequence[catalog.Stage]) -> None:

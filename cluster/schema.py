@@ -161,4 +161,4 @@ def nearest(word: object, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     if close:
         return f": did you mean {close[0]}?"
-    return f": valid keys are {', '.join(names)}" if names else ""
+    return f": valid are {', '.join(names)}" if names else ""

@@ -109,8 +109,8 @@ def session_environment(profile: Profile) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
         # A request takes some 65 µs of one. Where there are few processors, Ray's four would wake each other. There are
-        # two such processes (serving.front_process).
-        **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 4)))} if is_here else {}),
+        # four such processes (serving.front_process).
+        **({"RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, _processors() // 8)))} if is_here else {}),
         # Replicas have a gate of their own.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.fallback.proxy_middlewares",
     }

@@ -50,3 +50,15 @@ def duration_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def measured_text(name: str, value: float) -> str:
+    """What a piece of work has measured, with its name; shares and accuracies in percent."""
+    words = name.removesuffix("_share").replace("_", " ")
+    is_share = name.endswith("_share") or "accuracy" in name
+    return f"{words} {100 * value:.1f} %" if is_share else f"{words} {value:.4g}"
+
+
+def rate_text(rate: float) -> str:
+    """Pieces a second."""
+    return f"{rate:,.{0 if rate >= 10 else 1}f}"

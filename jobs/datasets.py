@@ -15,7 +15,7 @@ from cluster.errors import DataError
 from cluster.progress import RunProgress
 from cluster.schema import nearest
 from cluster.storage import fetch, local, matching, name_of
-from cluster.tables import size_text, table_text
+from cluster.tables import size_text, table_text, width_of
 from jobs.data.dataset import SPLITS, Dataset
 from jobs.data.difference import EXAMPLES, difference
 from jobs.data.integrity import check_shards
@@ -94,7 +94,8 @@ def list_command(storage: Path, as_json: bool, output: "Output") -> int:
         for one in found
     ]
     if rows:
-        print(table_text([head, *rows], numeric=(2, 3, 5)), file=output.results)
+        text = table_text([head, *rows], numeric=(2, 3, 5), width=width_of(output.results), spare=(7, 4, 1, 5))
+        print(text, file=output.results)
     else:
         print(
             f"there is no data set under {name_of(storage / 'datasets')}: `helio ingest` makes one",

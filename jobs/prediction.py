@@ -145,9 +145,9 @@ def predict_command(
 ) -> int:
     """`helio predict --data`: label every image of `source` into `output_uri`. Raises HelioError."""
     summary = label_source(recipe, profile, source, output_uri, bundle_directory, split, output)
-    line = (
-        "{read:,} images = {predicted:,} predicted + {failed:,} failed, {images_per_second:,.0f} images/s, in {output}"
-    )
+    line = "{read:,} images = {predicted:,} predicted + {failed:,} failed"
+    line += ", {parts_done_before:,} of {parts:,} parts done before" if summary["parts_done_before"] else ""
+    line += ", {images_per_second:,.0f} images/s, in {output}"
     print(_json(summary).decode().rstrip() if as_json else line.format(**summary), file=output.results)
     return 0
 

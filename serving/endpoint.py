@@ -313,6 +313,7 @@ def deploy_command(recipe: "Recipe", profile: Profile, bundle: str | None, as_js
     config = recipe.section(ServeConfig)
     with output.noise_to(log_file(profile, "deploy")):
         version = find_version(recipe, profile, bundle)
+        print(f"helio: starting the endpoint of {version.model} version {version.version}", file=output.messages)
         with served(recipe, profile, version) as url:
             found = {"endpoint": url, "model": version.model, "version": version.version, "digest": version.digest}
             line = "{endpoint}  model {model}  version {version}  digest {digest}".format(**found)

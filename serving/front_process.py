@@ -35,7 +35,7 @@ AGAIN_S, MOST_S = 0.2, 5.0
 FAULT_S = 1.0
 """Before what has failed is tried again."""
 READY = "ready"
-PROCESSES = 2
+PROCESSES = 4
 """That take requests: one that dies loses those of its own alone."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)

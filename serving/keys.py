@@ -156,7 +156,7 @@ class KeyStore:
         account = self._find(key_id, now)
         if account is None:
             known = [row["id"] for row in self._connection.execute("SELECT id FROM api_keys")]
-            close = nearest(key_id, known).replace("valid keys are", "there are") or ": there is none yet"
+            close = nearest(key_id, known) or ": there is none yet"
             raise HelioError(f"no key has the id {key_id!r}{close}")
         return account
 

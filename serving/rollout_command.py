@@ -91,10 +91,8 @@ def _checked(client: Client, document: dict[str, Any]) -> dict[str, Any]:
 
 def _headline(rollout: Mapping[str, Any]) -> str:
     state = rollout["state"].replace("_", " ")
-    line = (
-        f"{state}: version {rollout['candidate']['version']} answers {100 * rollout['share']:g} % of users, "
-        f"version {rollout['champion']['version']} the others"
-    )
+    others = f", version {rollout['champion']['version']} the others" if rollout["share"] < 1 else ""
+    line = f"{state}: version {rollout['candidate']['version']} answers {100 * rollout['share']:g} % of users{others}"
     return f"{line} ({rollout['reason']})" if rollout["reason"] else line
 
 

@@ -163,7 +163,7 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
     import ray
 
     run, config, stage, resources = what.run, what.config, what.stage, what.run.profile.trials
-    table, began = TrialTable(ledger, config.metric), time.monotonic()
+    table, began, epochs = TrialTable(ledger, config.metric), time.monotonic(), what.base.epochs
     counted = SearchMetrics(run.metrics, stage, config.metric, ledger.trials())
     lineage = {
         "helio.run": run.name,
@@ -171,10 +171,9 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
         "helio.checkpoint": what.initial,
         "helio.dataset_fingerprint": what.dataset.fingerprint,
     }
-    total = ledger.config.trials * what.base.epochs
     with (
         Tracker(run) as tracker,
-        run.progress.task(f"search {stage}", total, "epochs", table.rendered) as task,
+        run.progress.task(f"search {stage}", table.epochs_in_all(epochs), "epochs", table.rendered) as task,
     ):
 
         def log(trial: FrozenTrial) -> None:
@@ -193,7 +192,7 @@ def _carry_out(what: _Search, ledger: Ledger, material: Material) -> str | None:
                 run.progress.say(f"  {table.line(told)}")
             if told.epoch is not None:
                 tracker.metrics(stage, told.epoch.figures, table.epochs)
-            task.update(table.epochs, **table.figures())
+            task.update(table.epochs, total=table.epochs_in_all(epochs), **table.figures())
 
         make = Finetuning(
             # Trials get a reference and map the images read-only from the object store: one copy a node.

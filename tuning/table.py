@@ -13,7 +13,7 @@ from jobs.charts import settings
 from jobs.evaluation.metrics import Metric, title
 from jobs.evaluation.metrics import told as shown
 from tuning.engine import Told
-from tuning.ledger import Ledger
+from tuning.ledger import Ledger, params_of
 from tuning.trial import BEST, PROGRESS
 
 ENDS = ("complete", "pruned", "failed")
@@ -49,6 +49,11 @@ class TrialTable:
         ended = [trial for trial in before if trial.state.is_finished()]
         running = [trial for trial in before if not trial.state.is_finished()]
         for trial in (*sorted(ended, key=lambda trial: trial.datetime_complete), *running):
+            if trial.state.name in STATES:
+                values = trial.intermediate_values
+                best = self.ledger.better(values.values()) if values else None
+                row = _Row(trial.number, STATES[trial.state.name], max(values, default=0), best, params_of(trial))
+                self._rows[trial.number] = row
             for value in trial.intermediate_values.values() if trial.state.name != "FAIL" else ():
                 self._see(trial.number, Path(trial.user_attrs["directory"]), value)
             if trial.state.is_finished() and (trial.intermediate_values or trial.state.name == "FAIL"):
@@ -84,6 +89,11 @@ class TrialTable:
     def epochs(self) -> int:
         """Of all trials so far."""
         return len(self._epochs)
+
+    def epochs_in_all(self, most: int) -> int:
+        """That the search will have had, where each trial that has not ended is to have `most`."""
+        ended = {row.number for row in self._rows.values() if row.outcome in ENDS}
+        return most * (self.ledger.config.trials - len(ended)) + sum(number in ended for number, _ in self._epochs)
 
     def _see(self, number: int, directory: Path, value: float) -> None:
         if self.best is not None and self.ledger.better((self.best, value)) == self.best:

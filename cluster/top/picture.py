@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cluster.tables import cut_text, duration_text, size_text, table_text
+from cluster.tables import cut_text, duration_text, measured_text, rate_text, size_text, table_text
 from cluster.top.look import Cluster, Link, View
 from cluster.top.nodes import Held, NodeUse
 from cluster.top.runs import STAGES, RunView
@@ -225,19 +225,13 @@ def _progress(progress: dict[str, Any], now: float, bar: int) -> list[str]:
     else:
         parts.append(f"{task['done']:,.0f} {task['unit']}")
     if task["rate"]:
-        parts.append(f"{task['rate']:,.{0 if task['rate'] >= 10 else 1}f} {task['unit']}/s")
+        parts.append(f"{rate_text(task['rate'])} {task['unit']}/s")
     if task["left_s"]:
         parts.append(f"{_elapsed(task['left_s'])} left")
     figures = task["figures"]
     trials = [f"{figures[name]:.0f} {name}" for name in TRIALS if figures.get(name)]
-    rest = [_figure(name, value) for name, value in figures.items() if name not in TRIALS and value is not None]
+    rest = [measured_text(name, value) for name, value in figures.items() if name not in TRIALS and value is not None]
     return [*stage, *parts, *([", ".join(trials)] if trials else []), *rest]
-
-
-def _figure(name: str, value: float) -> str:
-    words = name.removesuffix("_share").replace("_", " ")
-    is_share = name.endswith("_share") or "accuracy" in name
-    return f"{words} {100 * value:.1f} %" if is_share else f"{words} {value:.4g}"
 
 
 def _endpoints(endpoints: Sequence[dict[str, Any]], width: int | None) -> Section:

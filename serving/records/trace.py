@@ -191,7 +191,7 @@ def _unknown(storage: Path, request_id: str, unreadable: list[Path]) -> str:
         )
     made = time_of(request_id)
     asked = (
-        "" if made is None else f", asked at {_shown(datetime.datetime.fromtimestamp(made, datetime.UTC))} by its id"
+        "" if made is None else f", asked at {_shown(datetime.datetime.fromtimestamp(made, datetime.UTC))} by its id,"
     )
     known = [
         f"{one.model} from {_shown(one.first)} to {_shown(one.end)}, of which {one.share:.0%} of the requests are "
@@ -200,7 +200,7 @@ def _unknown(storage: Path, request_id: str, unreadable: list[Path]) -> str:
     ]
     damaged = f"; {len(unreadable)} files cannot be read, the first: {unreadable[0]}" if unreadable else ""
     return (
-        f"request {request_id}{asked}, is not in the records: there are those of {'; '.join(known)} (the newest are "
+        f"request {request_id}{asked} is not in the records: there are those of {'; '.join(known)} (the newest are "
         f"written within serve.records.flush_s){damaged}"
     )
 

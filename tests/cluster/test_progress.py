@@ -1,7 +1,9 @@
 """What a terminal shows of a piece of work, and what it does not."""
 
+import io
 import os
 import pty
+import re
 import sys
 
 import pytest
@@ -25,3 +27,11 @@ def test_a_terminal_shows_how_far_the_work_is_and_nothing_that_a_library_writes(
     assert "1,024/4,096 images" in shown and "loss 0.5" in shown
     assert "Collective" not in shown
     assert "Collective" in capfd.readouterr().err
+
+
+def test_of_what_nobody_knew_how_much_it_is_the_end_is_told() -> None:
+    told = io.StringIO()
+    with RunProgress(told).task("verify", None, "images") as task:
+        for done in range(1, 1798):
+            task.update(done, rejected=0)
+    assert re.fullmatch(r"  verify: 1,797/1,797 images(  [\d,.]+/s)?  rejected 0\n", told.getvalue())

@@ -81,6 +81,11 @@ def output() -> Output:
     return told
 
 
+def helio(*words: str) -> subprocess.CompletedProcess[str]:
+    command = str(Path(sys.executable).with_name("helio"))
+    return subprocess.run([command, "rollout", *words], capture_output=True, text=True, timeout=60, check=False)
+
+
 def printed(output: Output) -> str:
     assert isinstance(output.results, io.StringIO)
     return output.results.getvalue()
@@ -90,23 +95,36 @@ def document(rollout: Rollout, traffic: Traffic | None = None) -> dict[str, Any]
     return {"rollout": status_of(rollout), "audit": [asdict(entry) for entry in traffic.entries] if traffic else []}
 
 
-def test_orders_go_out_with_their_reason_and_the_answer_is_a_line(endpoint: Endpoint, output: Output) -> None:
-    endpoint.answers(document(start()))
-    assert change_command("start", "7", "new labels", endpoint.url, None, False, output) == 0
-    endpoint.answers(document(shadowed().pause("ann", "wait", NOON).rollout))
-    assert change_command("pause", None, "wait", f"{endpoint.url}/", None, False, output) == 0
-    endpoint.answers(document(shadowed().abort("ann", "wrong labels", NOON).rollout))
-    assert change_command("abort", None, "wrong labels", endpoint.url, None, False, output) == 0
+def test_orders_go_out_with_their_reason_and_the_answer_is_a_line(endpoint: Endpoint) -> None:
+    answers = {
+        "start --version 7": document(start()),
+        "pause": document(shadowed().pause("ann", "wait", NOON).rollout),
+        "resume": document(shadowed()),
+        "promote": document(shadowed().promote("ann", "good", NOON).rollout),
+        "abort": document(shadowed().abort("ann", "wrong labels", NOON).rollout),
+    }
+    lines = []
+    for words, answer in answers.items():
+        endpoint.answers(answer)
+        done = helio(*words.split(), "--why", "a reason", "--endpoint", f"{endpoint.url}/")
+        assert (done.returncode, done.stderr) == (0, "")
+        lines += done.stdout.splitlines()
     assert endpoint.asked == [
-        ("POST", "/v1/rollout", None, {"action": "start", "version": "7", "why": "new labels"}),
-        ("POST", "/v1/rollout", None, {"action": "pause", "why": "wait"}),
-        ("POST", "/v1/rollout", None, {"action": "abort", "why": "wrong labels"}),
+        ("POST", "/v1/rollout", None, {"action": "start", "version": "7", "why": "a reason"}),
+        *[("POST", "/v1/rollout", None, {"action": action, "why": "a reason"}) for action in list(answers)[1:]],
     ]
-    assert printed(output).splitlines() == [
+    assert lines[:2] == [
         "loading: version 7 answers 0 % of users, version 6 the others",
         "paused: version 7 answers 0 % of users, version 6 the others",
-        "aborted: version 7 answers 0 % of users, version 6 the others (wrong labels)",
     ]
+    assert lines[-1] == "aborted: version 7 answers 0 % of users, version 6 the others (wrong labels)"
+
+
+def test_a_word_too_many_is_named(endpoint: Endpoint) -> None:
+    done = helio("abort", "now", "--why", "a reason", "--endpoint", endpoint.url)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "helio: unrecognized arguments: now (see helio --help)\n"
+    assert endpoint.asked == []
 
 
 def test_without_a_version_the_registry_s_candidate_is_started(endpoint: Endpoint, output: Output) -> None:
@@ -150,10 +168,11 @@ def test_status_of_a_rollback_says_why(endpoint: Endpoint, output: Output) -> No
     assert output.messages.getvalue() == "helio: entry 3 is not as it was written\n"
 
 
-def test_status_before_the_first_rollout(endpoint: Endpoint, output: Output) -> None:
+def test_status_before_the_first_rollout(endpoint: Endpoint) -> None:
     endpoint.answers({"rollout": None, "audit": []})
-    assert status_command(endpoint.url, None, False, output) == 0
-    assert printed(output).startswith("no version was rolled out yet: `helio rollout start --why WHY`")
+    done = helio("status", "--endpoint", endpoint.url)
+    assert done.returncode == 0
+    assert done.stdout.startswith("no version was rolled out yet: `helio rollout start --why WHY`")
 
 
 def test_the_key_comes_from_a_file_or_the_environment(

@@ -203,4 +203,8 @@ def test_trials_are_counted_by_state_whoever_sees_to_them(tmp_path: Path) -> Non
         assert taken is not None
         ledger.prune(taken.number, "it was hopeless")
         counts = {"running": 1, "complete": 2, "pruned": 1, "failed": 0, "best_accuracy": 0.75}
-        assert TrialTable(ledger, "accuracy").figures() == counts
+        table = TrialTable(ledger, "accuracy")
+        assert table.figures() == counts
+        # Who comes later shows them, too, and expects of those that have ended no more epochs.
+        assert table.rendered().row_count == 4
+        assert (table.epochs, table.epochs_in_all(5)) == (2, 5 * (ledger.config.trials - 3) + 2)
