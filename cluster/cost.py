@@ -32,7 +32,7 @@ PATIENCE = 50
 """Asking takes one part in so many of the time, but is not rarer than `REST_S`."""
 REST_S = 5.0
 FIRST_S = 0.1
-"""The first rest; each may be longer than the one before by a fifth. Else a short stage would hold nothing."""
+"""The first rest; what a rest may be at most grows by a fifth each time. Else a short stage would hold nothing."""
 JOIN_S = 10.0
 
 Attempt = dict[str, Any]
@@ -86,11 +86,12 @@ class Meter:
             logger.warning("what the attempt has cost cannot be written: %s", fault)
 
     def _run(self) -> None:
-        rest = FIRST_S
+        rest = most = FIRST_S
         while not self._stop.wait(rest):
             asked = time.monotonic()
             self._sample()
-            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S, 1.2 * rest)
+            most *= 1.2
+            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S, most)
             if time.monotonic() - self._kept >= WRITE_S:
                 self._kept = time.monotonic()
                 try:

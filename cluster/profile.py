@@ -348,7 +348,7 @@ def load_profile(reference: str, overrides: Sequence[str] = ()) -> Profile:
         document = read_document(path)
     else:
         raise RecipeError(
-            f"no profile file {reference!r} and no shipped profile{nearest(reference, shipped_profiles())}"
+            f"no profile file {reference!r} and no shipped profile{nearest(reference, shipped_profiles(), 'there are')}"
         )
     for override in overrides:
         document.override(override.removeprefix("profile."), Profile.model_fields)

@@ -94,7 +94,8 @@ class Task:
         if self._progress.bars and self._bar is not None:
             share = f"{100 * self._done / self._total:.0f}%" if self._total else ""
             # Where the terminal is narrow, some of them stand in the next line.
-            room = max(24, self._progress.console.width - len(self._title) - BESIDE)
+            width = CELL_COLUMNS if in_notebook() else self._progress.console.width
+            room = max(24, width - len(self._title) - BESIDE)
             figures = textwrap.fill("  ".join(part.replace(" ", KEPT) for part in parts), room).replace(KEPT, " ")
             self._progress.bars.update(self._bar, completed=self._done, total=self._total, share=share, figures=figures)
         else:

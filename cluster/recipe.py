@@ -100,7 +100,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         raise RecipeError(
             f"no recipe file {reference!r} and no shipped recipe of that name"
-            f"{nearest(reference, shipped_recipes())} (`helio recipes` lists them)"
+            f"{nearest(reference, shipped_recipes(), 'there are')} (`helio recipes` lists them)"
         )
     for override in overrides:
         _write_out_default(document, override)

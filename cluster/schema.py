@@ -155,10 +155,10 @@ def _fields_at(model: type[BaseModel], location: Key) -> list[str]:
     return list(model.model_fields)
 
 
-def nearest(word: object, valid: Iterable[str]) -> str:
-    """How to mend a name that is not valid: the nearest one, or all there are."""
+def nearest(word: object, valid: Iterable[str], listed: str = "valid keys are") -> str:
+    """How to mend a name that is not valid: the nearest one, or all there are, behind `listed`."""
     names = sorted(valid)
     close = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
     if close:
         return f": did you mean {close[0]}?"
-    return f": valid are {', '.join(names)}" if names else ""
+    return f": {listed} {', '.join(names)}" if names else ""

@@ -56,7 +56,9 @@ def measured_text(name: str, value: float) -> str:
     """What a piece of work has measured, with its name; shares and accuracies in percent."""
     words = name.removesuffix("_share").replace("_", " ")
     is_share = name.endswith("_share") or "accuracy" in name
-    return f"{words} {100 * value:.1f} %" if is_share else f"{words} {value:.4g}"
+    if is_share:
+        return f"{words} {100 * value:.1f} %"
+    return f"{words} {value:,.0f}" if abs(value) >= 1000 else f"{words} {value:.4g}"
 
 
 def rate_text(rate: float) -> str:

@@ -67,7 +67,7 @@ def find_dataset(reference: str, storage: Path) -> Dataset:
         if directory.name.startswith(reference):
             raise error
     names = [dataset.directory.name for dataset in datasets]
-    close = nearest(reference, names).replace("valid keys are", "there are") or ": there is none yet"
+    close = nearest(reference, names, "there are") or ": there is none yet"
     raise DataError(f"no data set {reference!r} under {name_of(root)}{close}")
 
 

@@ -151,9 +151,11 @@ class HAProxies:
     def _replace_dead(self) -> None:
         self.leaving = [process for process in self.leaving if process.poll() is None]
         now = time.monotonic()
-        for process in [process for process in self.running if process.poll() is not None]:
+        dead = [process for process in self.running if process.poll() is not None]
+        for process in dead:
             self._tell(f"HAProxy {process.pid} ended with {process.returncode}")
             self.running.remove(process)
+        if dead:
             self.pause_s = 0.0 if now - self.began > MOST_S else min(max(2 * self.pause_s, AGAIN_S), MOST_S)
             (self.directory / "state").unlink(missing_ok=True)
         if self.text is not None and now - self.began >= self.pause_s:

@@ -156,7 +156,7 @@ class KeyStore:
         account = self._find(key_id, now)
         if account is None:
             known = [row["id"] for row in self._connection.execute("SELECT id FROM api_keys")]
-            close = nearest(key_id, known) or ": there is none yet"
+            close = nearest(key_id, known, "there are") or ": there is none yet"
             raise HelioError(f"no key has the id {key_id!r}{close}")
         return account
 
@@ -198,7 +198,7 @@ def _check(
         raise HelioError(f"a key needs a scope: valid scopes are {', '.join(SCOPES)}")
     for scope in scopes:
         if scope not in SCOPES:
-            raise HelioError(f"unknown scope {scope}{nearest(scope, SCOPES).replace('valid keys', 'valid scopes')}")
+            raise HelioError(f"unknown scope {scope}{nearest(scope, SCOPES, 'valid scopes are')}")
     if expires is not None and not now < expires < LAST_EXPIRY:
         raise HelioError("a key must expire after now and before the year 9999: give a later time, or none")
     if rate and not (0.001 <= rate.per_s <= 1e6 and 1 <= rate.burst <= 1e6):

@@ -128,7 +128,7 @@ def find_model(reference: str, storage: Path) -> str:
         return load_recipe(reference).name
     deployed = {name for name, is_folder in entries(storage / "serving").items() if is_folder}
     if reference not in deployed:
-        close = nearest(reference, deployed | set(shipped_recipes()))
+        close = nearest(reference, deployed | set(shipped_recipes()), "there are")
         raise HelioError(f"no recipe, and no model that was deployed, is named {reference!r}{close}")
     return reference
 

@@ -49,14 +49,14 @@ class TrialTable:
         ended = [trial for trial in before if trial.state.is_finished()]
         running = [trial for trial in before if not trial.state.is_finished()]
         for trial in (*sorted(ended, key=lambda trial: trial.datetime_complete), *running):
-            if trial.state.name in STATES:
-                values = trial.intermediate_values
+            values = trial.intermediate_values
+            if trial.state.is_finished():
                 best = self.ledger.better(values.values()) if values else None
                 row = _Row(trial.number, STATES[trial.state.name], max(values, default=0), best, params_of(trial))
                 self._rows[trial.number] = row
-            for value in trial.intermediate_values.values() if trial.state.name != "FAIL" else ():
+            for value in values.values() if trial.state.name != "FAIL" else ():
                 self._see(trial.number, Path(trial.user_attrs["directory"]), value)
-            if trial.state.is_finished() and (trial.intermediate_values or trial.state.name == "FAIL"):
+            if trial.state.is_finished() and (values or trial.state.name == "FAIL"):
                 self._count(trial.number)
 
     def add(self, told: Told) -> None:
@@ -93,7 +93,8 @@ class TrialTable:
     def epochs_in_all(self, most: int) -> int:
         """That the search will have had, where each trial that has not ended is to have `most`."""
         ended = {row.number for row in self._rows.values() if row.outcome in ENDS}
-        return most * (self.ledger.config.trials - len(ended)) + sum(number in ended for number, _ in self._epochs)
+        done = sum(number in ended for number, _ in self._epochs)
+        return max(self.epochs, most * (self.ledger.config.trials - len(ended)) + done)
 
     def _see(self, number: int, directory: Path, value: float) -> None:
         if self.best is not None and self.ledger.better((self.best, value)) == self.best:

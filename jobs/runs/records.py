@@ -242,7 +242,7 @@ def find_run(reference: str, storage: Path) -> RunRecord:
     if matches:
         listed = f"{', '.join(sorted(matches)[-5:])}{' and others' if len(matches) > 5 else ''}"
         raise HelioError(f"{reference} is the beginning of {len(matches)} runs: {listed}: give more of one's name")
-    close = nearest(reference, names[-5:]).replace("valid keys are", "there are") or ": there is none yet"
+    close = nearest(reference, names[-5:], "there are") or ": there is none yet"
     raise HelioError(f"no run {reference!r} under {name_of(runs)}{close}")
 
 

@@ -50,7 +50,7 @@ def _cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(cost, "time", SimpleNamespace(monotonic=cluster.monotonic))
         monkeypatch.setattr(cost, "reserved", cluster.reserved)
         # Only the ends of an attempt are looked at: a thread would look while the clock is being set.
-        monkeypatch.setattr(cost, "SAMPLE_S", 1e6)
+        monkeypatch.setattr(cost, "FIRST_S", 1e6)
     yield
 
 
