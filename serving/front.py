@@ -99,7 +99,6 @@ class Front:
         from ray.serve._private.haproxy import get_haproxy_binary
 
         self._directory = Path(tempfile.gettempdir()) / f"{_prefix()}{name}"
-        is_first = not self._directory.exists()
         # Its lock says that the actor lives.
         self._own = self._lock()
         serves = Path(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC)
@@ -114,7 +113,7 @@ class Front:
         self._closed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._fault: str | None = None
-        if is_first:
+        if not ray.get_runtime_context().was_current_actor_reconstructed:
             # What Serve has written there is of an endpoint before.
             self._fault = self._start(follow.stat().st_mtime_ns if follow.exists() else None)
         self._thread = threading.Thread(target=self._watch, name="front", daemon=True)

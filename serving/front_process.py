@@ -28,8 +28,9 @@ LOOK_S = 0.03
 """How often Serve's file is looked at."""
 FINISH_S = 2.0
 """What requests under way have at the end."""
-ABANDONED_S = 15.0
-"""After so long without the actor that has started this, nobody will end it any more."""
+ABANDONED_S = 60.0
+"""After so long without the actor that has started this, nobody will end it any more. A slow machine takes a third of
+it to begin the actor anew."""
 AGAIN_S, MOST_S = 0.2, 5.0
 """Between two HAProxies of which the first has died at once: ever longer, up to this."""
 FAULT_S = 1.0

@@ -1,6 +1,9 @@
 """One real endpoint while it rests, grows, loses its processes and shrinks. The tests build on each other, in order."""
 
+import json
 import os
+import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -167,3 +170,20 @@ def test_the_end_of_the_load_takes_replicas_away_and_no_answer(load: Load) -> No
     eventually(lambda: running() == 1)
     load.plain.wait_for(20)
     assert set(load.plain.came - before) <= ALLOWED and set(load.clients.came) == {"200"}
+
+
+def test_a_port_that_was_given_up_is_open_again_once_its_actor_is_back(place: Place) -> None:
+    """As where the actor was away for so long that the process with the port has ended."""
+
+    def answered() -> bool:
+        with suppress(requests.ConnectionError):
+            return ask(place, None, "/healthz", "GET").status_code == 200
+        return False
+
+    (process,) = processes("front_process.py")
+    settings = json.loads(Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[-2])
+    actor = kill("ray::Front")
+    os.kill(process, signal.SIGKILL)
+    shutil.rmtree(settings["directory"])
+    eventually(lambda: gone(actor) and gone(process))
+    eventually(answered)
