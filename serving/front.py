@@ -35,6 +35,8 @@ from serving.config import ServeConfig
 ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {HEAD: 0.001}}
 T = TypeVar("T")
 LOOK_S = 0.1
+QUEUE = 4096
+"""Connections that wait while no HAProxy takes them, as many as at Serve's own. One more tries again after a second."""
 END_S = front_process.FINISH_S + 3.0
 TAKE_S = 3.0
 """How long ports are waited for that the HAProxies of a process which was killed still have."""
@@ -190,7 +192,7 @@ def _take(host: str, port: int) -> socket.socket:
     while True:
         try:
             taken.bind((host, port))
-            taken.listen()
+            taken.listen(QUEUE)
             return taken
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:

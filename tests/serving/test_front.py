@@ -23,6 +23,7 @@ from cluster.errors import EndpointError
 from cluster.session import free_ports
 from serving import front_process
 from serving.config import ServeConfig
+from serving.front import _take
 from serving.front import front as open_front
 from serving.front_process import Fault, rewrite
 from tests.operations.traffic import eventually, gone
@@ -148,6 +149,14 @@ def test_who_connects_while_haproxy_is_gone_waits_and_is_answered(front: Front) 
             eventually(lambda pid=pid: gone(pid))
             assert front.asked() == "a"
         eventually(lambda: len(front.haproxies()) == front_process.PROCESSES)
+
+
+def test_hundreds_may_wait_while_nobody_accepts() -> None:
+    with ExitStack() as stack:
+        taken = stack.enter_context(_take("127.0.0.1", 0))
+        for _ in range(300):
+            # A connection that finds no room tries again after a second.
+            stack.enter_context(socket.create_connection(taken.getsockname(), timeout=0.9))
 
 
 def test_one_haproxy_takes_no_others_requests_with_it(front: Front) -> None:
