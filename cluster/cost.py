@@ -32,7 +32,7 @@ PATIENCE = 50
 """Asking takes one part in so many of the time, but is not rarer than `REST_S`."""
 REST_S = 5.0
 FIRST_S = 0.1
-"""The first rest; what a rest may be at most grows by a fifth each time. Else a short stage would hold nothing."""
+"""The first rest; later ones are longer by a fifth of the time so far at most, so that short stages hold something."""
 JOIN_S = 10.0
 
 Attempt = dict[str, Any]
@@ -86,12 +86,12 @@ class Meter:
             logger.warning("what the attempt has cost cannot be written: %s", fault)
 
     def _run(self) -> None:
-        rest = most = FIRST_S
+        rest = FIRST_S
         while not self._stop.wait(rest):
             asked = time.monotonic()
             self._sample()
-            most *= 1.2
-            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S, most)
+            early = FIRST_S + (asked - self._started) / 5
+            rest = min(max(SAMPLE_S, PATIENCE * (time.monotonic() - asked)), REST_S, early)
             if time.monotonic() - self._kept >= WRITE_S:
                 self._kept = time.monotonic()
                 try:

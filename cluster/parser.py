@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     deploy.add_argument("--dry-run", action="store_true", help="print the resolved plan and touch nothing")
     evaluate = commands.add_parser("evaluate", help="compare the pre-trained start of a run with one from scratch")
     evaluate.add_argument("run", metavar="RUN", help="a run that has finished pre-training")
-    evaluate.add_argument("overrides", nargs="*", default=[], metavar="evaluate.key=value")
+    _add_overrides(evaluate, "evaluate.key=value")
     _add_profile(evaluate, "where to run", "its own")
     _add_json(evaluate)
     _add_predict(commands.add_parser("predict", help="send image files to an endpoint, or label a whole source"))
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_runs(commands.add_parser("runs", help="list, show and compare runs, and delete what nothing needs"))
     recipes = commands.add_parser("recipes", help="list the shipped recipes, or show one with every default")
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
-    recipes.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    _add_overrides(recipes, "section.key=value")
     _add_json(recipes)
     return parser
 
@@ -106,7 +106,7 @@ def _add_jobs(commands: Any) -> None:
     for name, action in {"submit": submit, **actions}.items():
         if name not in ("submit", "jobs"):
             action.add_argument("job", metavar="JOB", help="its name, as `helio submit` prints it")
-        action.add_argument("overrides", nargs="*", default=[], metavar="profile.key=value")
+        _add_overrides(action, "profile.key=value")
         action.add_argument("--profile", required=True, help="whose cluster: a file, or the name of a shipped profile")
         if name in ("submit", "resubmit"):
             action.add_argument("--follow", action="store_true", help="print what it prints until its end")
@@ -182,7 +182,7 @@ def _add_rollout(command: argparse.ArgumentParser) -> None:
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
-    command.add_argument("overrides", nargs="*", default=[], metavar="profile.key=value")
+    _add_overrides(command, "profile.key=value")
     _add_profile(command, "whose storage")
     _add_json(command)
 
@@ -201,7 +201,7 @@ def _add_data(command: argparse.ArgumentParser) -> None:
             action.add_argument(
                 word.lower(), metavar=word, help="its name or fingerprint, or how they begin; or a path"
             )
-        action.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+        _add_overrides(action, "section.key=value")
         if name == "show":
             action.add_argument("--output", metavar="DIR", help="write preview.html and its pictures as PNG there")
             action.add_argument("--recipe", help="draw the augmentation of this recipe")
@@ -221,7 +221,7 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
     }
     for name, text in texts.items():
         action = actions.add_parser(name, help=text)
-        action.add_argument("overrides", nargs="*", default=[], metavar="profile.key=value")
+        _add_overrides(action, "profile.key=value")
         action.add_argument(
             "--profile", required=True, metavar="FILE", help="the profile that says where the cluster is"
         )
@@ -247,7 +247,7 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
 
 def _add_described(command: argparse.ArgumentParser, recipe: str) -> None:
     command.add_argument("recipe", nargs="?", metavar="RECIPE", help=recipe)
-    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    _add_overrides(command, "section.key=value")
     command.add_argument("--profile", metavar="FILE", help="the profile that describes the cluster")
 
 
@@ -262,7 +262,7 @@ def _add_runs(command: argparse.ArgumentParser) -> None:
     for name, text in texts.items():
         action = actions.add_parser(name, help=text, description=text)
         words = ("profile.key=value", None) if name == "list" else ("RUN", "its name, or how that begins")
-        action.add_argument("overrides", nargs="*", default=[], metavar=words[0], help=words[1])
+        _add_overrides(action, words[0], words[1])
         if name == "list":
             action.add_argument("--limit", type=int, metavar="N", help="the newest so many")
         if name == "prune":
@@ -276,9 +276,14 @@ def _add_runs(command: argparse.ArgumentParser) -> None:
         _add_json(action)
 
 
+def _add_overrides(command: argparse.ArgumentParser, metavar: str, text: str | None = None) -> None:
+    # Without a default, argparse names them among what is required.
+    command.add_argument("overrides", nargs="*", default=[], metavar=metavar, help=text)
+
+
 def _add_recipe(command: argparse.ArgumentParser, required: bool) -> None:
     command.add_argument("recipe", nargs=None if required else "?", metavar="RECIPE")
-    command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
+    _add_overrides(command, "section.key=value")
     _add_profile(command, "where to run")
     _add_json(command)
 

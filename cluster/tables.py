@@ -64,3 +64,9 @@ def measured_text(name: str, value: float) -> str:
 def rate_text(rate: float) -> str:
     """Pieces a second."""
     return f"{rate:,.{0 if rate >= 10 else 1}f}"
+
+
+def shares_text(candidate: str, champion: str, share: float) -> str:
+    """Which version of a roll-out answers whom."""
+    others = f", version {champion} the others" if share < 1 else ""
+    return f"version {candidate} answers {100 * share:g} % of users{others}"

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import HelioError
+from cluster.tables import shares_text
 from serving.client import Client, endpoint_url
 from serving.client.answers import not_ours
 from serving.client.command import read_key
@@ -91,8 +92,8 @@ def _checked(client: Client, document: dict[str, Any]) -> dict[str, Any]:
 
 def _headline(rollout: Mapping[str, Any]) -> str:
     state = rollout["state"].replace("_", " ")
-    others = f", version {rollout['champion']['version']} the others" if rollout["share"] < 1 else ""
-    line = f"{state}: version {rollout['candidate']['version']} answers {100 * rollout['share']:g} % of users{others}"
+    versions = rollout["candidate"]["version"], rollout["champion"]["version"]
+    line = f"{state}: {shares_text(*versions, rollout['share'])}"
     return f"{line} ({rollout['reason']})" if rollout["reason"] else line
 
 

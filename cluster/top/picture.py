@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from cluster.tables import cut_text, duration_text, measured_text, rate_text, size_text, table_text
+from cluster.tables import cut_text, duration_text, measured_text, rate_text, shares_text, size_text, table_text
 from cluster.top.look import Cluster, Link, View
 from cluster.top.nodes import Held, NodeUse
 from cluster.top.runs import STAGES, RunView
@@ -243,8 +243,8 @@ def _endpoints(endpoints: Sequence[dict[str, Any]], width: int | None) -> Sectio
         rollout = one["rollout"]
         more = [] if one["fault"] is None else [f"  {one['fault']}"]
         if rollout is not None:
-            shares = f"version {rollout['candidate']} answers {100 * rollout['share']:g} % of users"
-            more.append(f"  roll-out {rollout['state']}: {shares}, version {rollout['champion']} the others")
+            shares = shares_text(rollout["candidate"], rollout["champion"], rollout["share"])
+            more.append(f"  roll-out {rollout['state']}: {shares}")
         blocks.append([line, *more])
     return Section([lines[0]], blocks, "… {count} more")
 

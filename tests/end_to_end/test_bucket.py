@@ -125,8 +125,9 @@ def test_a_run_that_is_killed_is_gone_on_with_and_served_from_empty_disks(
     (port,) = free_ports(1)
     with site.start("deploy", *RECIPE, f"serve.port={port}") as endpoint:
         assert endpoint.stdout is not None
-        line = next(line for line in endpoint.stdout if "digest" in line)
-        assert own["export"]["bundle_digest"] in line
+        assert endpoint.stdout.readline().startswith("helio: starting the endpoint of ")
+        line = endpoint.stdout.readline()
+        assert own["export"]["bundle_digest"] in line, line + endpoint.stdout.read()
         with Client(f"http://127.0.0.1:{port}") as client:
             answer = client.predict(next(few.glob("3/*.png")))
         assert answer.model["digest"] == own["export"]["bundle_digest"]

@@ -96,28 +96,33 @@ def document(rollout: Rollout, traffic: Traffic | None = None) -> dict[str, Any]
 
 
 def test_orders_go_out_with_their_reason_and_the_answer_is_a_line(endpoint: Endpoint) -> None:
-    answers = {
-        "start --version 7": document(start()),
-        "pause": document(shadowed().pause("ann", "wait", NOON).rollout),
-        "resume": document(shadowed()),
-        "promote": document(shadowed().promote("ann", "good", NOON).rollout),
-        "abort": document(shadowed().abort("ann", "wrong labels", NOON).rollout),
+    orders = {
+        "start --version 7": ("new labels", start()),
+        "pause": ("wait", shadowed().pause("ann", "wait", NOON).rollout),
+        "resume": ("go on", shadowed()),
+        "promote": ("good", shadowed().promote("ann", "good", NOON).rollout),
+        "abort": ("wrong labels", shadowed().abort("ann", "wrong labels", NOON).rollout),
     }
     lines = []
-    for words, answer in answers.items():
-        endpoint.answers(answer)
-        done = helio(*words.split(), "--why", "a reason", "--endpoint", f"{endpoint.url}/")
+    for words, (why, rollout) in orders.items():
+        endpoint.answers(document(rollout))
+        done = helio(*words.split(), "--why", why, "--endpoint", f"{endpoint.url}/")
         assert (done.returncode, done.stderr) == (0, "")
         lines += done.stdout.splitlines()
     assert endpoint.asked == [
-        ("POST", "/v1/rollout", None, {"action": "start", "version": "7", "why": "a reason"}),
-        *[("POST", "/v1/rollout", None, {"action": action, "why": "a reason"}) for action in list(answers)[1:]],
+        ("POST", "/v1/rollout", None, {"action": "start", "version": "7", "why": "new labels"}),
+        ("POST", "/v1/rollout", None, {"action": "pause", "why": "wait"}),
+        ("POST", "/v1/rollout", None, {"action": "resume", "why": "go on"}),
+        ("POST", "/v1/rollout", None, {"action": "promote", "why": "good"}),
+        ("POST", "/v1/rollout", None, {"action": "abort", "why": "wrong labels"}),
     ]
-    assert lines[:2] == [
+    assert lines == [
         "loading: version 7 answers 0 % of users, version 6 the others",
         "paused: version 7 answers 0 % of users, version 6 the others",
+        "shadow: version 7 answers 0 % of users, version 6 the others",
+        "promoted: version 7 answers 100 % of users (good)",
+        "aborted: version 7 answers 0 % of users, version 6 the others (wrong labels)",
     ]
-    assert lines[-1] == "aborted: version 7 answers 0 % of users, version 6 the others (wrong labels)"
 
 
 def test_a_word_too_many_is_named(endpoint: Endpoint) -> None:
