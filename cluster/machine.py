@@ -220,7 +220,7 @@ def _is_up(profile: Profile, role: str, output: "Output") -> bool:
         return False
     said = f"this machine is a {known.role} node of the cluster at {known.address} already"
     if (known.role, known.address) != (role, profile.address):
-        raise HelioError(f"{said}: `helio cluster down` ends it")
+        raise HelioError(f"{said}: `helio cluster down` with this profile ends it")
     print(f"helio: {said}", file=output.messages)
     return True
 

@@ -166,7 +166,7 @@ def _search(run: Run) -> str:
         )
         lines.append(
             f"{charts.search_name(search).capitalize()}: {ends}; the winner is trial {best['number']} with "
-            f"{title(search['metric'])} {told(search['metric'], best['value'])} after {best['epochs']} epochs."
+            f"{title(search['metric'])} {told(search['metric'], best['value'])} after epoch {best['epochs']}."
         )
     return (
         "".join(f"<p>{escape(line)}</p>" for line in lines)

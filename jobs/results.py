@@ -76,7 +76,7 @@ def _winner_and_endpoint(run: Run) -> Table | None:
         best = search["best"]
         rank = f"trial {best['number']}, the best of {search['trials']}"
         value = f"validation {title(search['metric'])} {told(search['metric'], best['value'])}"
-        text = f"{rank}: {value} after {best['epochs']} epochs with {charts.settings(best['params'])}"
+        text = f"{rank}: {value} after epoch {best['epochs']} with {charts.settings(best['params'])}"
         rows.append((f"winner, {charts.search_name(search)}", text))
     if export:
         model = f"{export['model']} version {export['version']} ({alias(export)})"

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jobs.data.decode import DecodeError, Pixels, pixel_size
 from serving.admission import Admission
@@ -17,17 +18,27 @@ from serving.metrics.replica import Metrics
 from serving.models import Shelf
 from serving.records.log import DRAIN_S, PredictionLog, Record
 from serving.records.lookup import Lookup
-from serving.rollout.arms import Arms
+from serving.rollout.arms import Arms, Batch
 from serving.served import Role, Served
 from serving.upload import Refusal, is_open_inference, shown
 
 JUDGED = 100_000
-"""Labelled answers that are counted in one replica."""
+"""Labelled answers that are counted in one replica in a roll-out."""
 OWN_FAULTS = ("internal", "too_slow")
 """Codes of what is a version's own doing."""
 T = TypeVar("T")
 
 logger = logging.getLogger("ray.serve")
+
+
+class Label(NamedTuple):
+    """What a user says that an image shows."""
+
+    request_id: str
+    image: int
+    label: str
+    due: float
+    """When its answer is in the log, by the event loop's clock."""
 
 
 @dataclass
@@ -48,8 +59,8 @@ class Inquiry:
     model_s: float | None = None
     deadline: float = math.inf
     """Of the event loop's clock."""
-    batch_s: float | None = None
-    """What the model took for batches that this request was the first of."""
+    batches: list[Batch] = field(default_factory=list)
+    """Those that this request was the first of."""
     served: Served | None = None
     """The version that answers."""
     role: Role = "champion"
@@ -85,12 +96,16 @@ class Answering:
         config: ServeConfig,
         metrics: Metrics,
         log: PredictionLog,
-        find: Callable[[str], Lookup],
+        find: Callable[[str, float], Lookup],
         shelf: Shelf | None = None,
     ) -> None:
-        """`find` gives what was predicted for a request id; `shelf` has the other models, where there are any."""
+        """`find` gives what was predicted for a request id since a time, Unix seconds; `shelf` has the other models,
+        where there are any."""
         self.arms, self._config, self._log, self._find, self._shelf = arms, config, log, find, shelf
         self._judged: set[tuple[str, int]] = set()
+        self._judged_since = 0.0
+        self._labels: deque[Label] = deque()
+        self._judging: asyncio.Task[None] | None = None
         self._nobody = metrics.arm(NO_ARM)
 
     @property
@@ -159,8 +174,7 @@ class Answering:
         decode_s = time.perf_counter() - began
         answer = await served.ask(pixels, heat_map)
         inquiry.slower(decode_s, answer.wait_s, answer.model_s)
-        if answer.first:
-            inquiry.batch_s = max(inquiry.batch_s or 0.0, answer.model_s)
+        inquiry.batches += _batch_of(answer)
         stages = {"decode": decode_s, "wait": answer.wait_s, "model": answer.model_s}
         stages["total"] = time.perf_counter() - inquiry.began
         self._record(inquiry, served, place, role, answer, stages, image, size)
@@ -171,22 +185,38 @@ class Answering:
 
     def judge(self, request_id: str, image: int, label: str) -> None:
         """A user says what an image shows: how right the versions were, counts in a roll-out. Once for each image."""
+        if self._judged_since != self.arms.started:
+            self._judged_since, self._judged = self.arms.started, set()
         if not self.arms.is_watching or (request_id, image) in self._judged or len(self._judged) >= JUDGED:
             return
         self._judged.add((request_id, image))
-        self.arms.compare(self._judge(request_id, image, label))
-
-    async def _judge(self, request_id: str, image: int, label: str) -> None:
         # What was answered just now is not in the log yet.
-        for pause_s in (0.0, self._config.records.flush_s + DRAIN_S):
-            await asyncio.sleep(pause_s)
-            found = await asyncio.to_thread(self._find, request_id)
-            rows = [row for row in found.rows if row["image"] == image and row["label"] is not None]
-            if rows:
-                break
-        for row in rows:
-            if row["model"] == self.names[0] and row["at"].timestamp() >= self.arms.started:
-                self.arms.judge(row["digest"], row["label"] != label)
+        due = asyncio.get_running_loop().time() + self._config.records.flush_s + DRAIN_S
+        self._labels.append(Label(request_id, image, label, due))
+        if self._judging is None or self._judging.done():
+            self._judging = asyncio.create_task(self._judge())
+
+    async def _judge(self) -> None:
+        """One label after the other: there may be many, and each takes a look at the log."""
+        while self._labels:
+            given = self._labels.popleft()
+            await asyncio.sleep(given.due - asyncio.get_running_loop().time())
+            if not self.arms.is_watching:
+                continue
+            try:
+                found = await asyncio.to_thread(self._find, given.request_id, self.arms.started)
+            except Exception:
+                logger.exception("the label of request %s is not counted", given.request_id)
+                continue
+            for row in found.rows:
+                if row["image"] == given.image and row["label"] is not None and self._is_judged(row):
+                    self.arms.judge(row["digest"], row["label"] != given.label)
+
+    def _is_judged(self, row: Mapping[str, Any]) -> bool:
+        """Whether a label counts for this answer. Users look at the answer that they got, and may say a word only where
+        it is wrong: by these labels the champion, which got a copy, would be right where the candidate was not."""
+        is_copy = row["arm"] == "shadow" and row["digest"] == self.arms.champion.version.digest
+        return row["model"] == self.names[0] and row["at"].timestamp() >= self.arms.started and not is_copy
 
     def finish(self, inquiry: Inquiry, status: int) -> None:
         """Count an answered request."""
@@ -207,10 +237,13 @@ class Answering:
             return
         if inquiry.candidate_failed:
             self.arms.count(inquiry.stage, "candidate", failed=True)
+            if self.arms.copied == "candidate":
+                # What was asked of the champion in its place is the copy that it would have got.
+                self.arms.count(inquiry.stage, "champion", failed=inquiry.code in OWN_FAULTS)
         elif inquiry.code in OWN_FAULTS:
             self.arms.count(inquiry.stage, inquiry.role, failed=True)
         elif inquiry.model_s is not None:
-            self.arms.count(inquiry.stage, inquiry.role, inquiry.batch_s)
+            self.arms.count(inquiry.stage, inquiry.role, inquiry.batches)
 
     async def _decoded(self, image: bytes | Pixels, served: Served) -> tuple[Pixels, tuple[int, int]]:
         """What a version sees of an image, and (height, width) as it was sent. Raises Refusal."""
@@ -241,7 +274,7 @@ class Answering:
             other.users -= 1
         agrees = other.label(answer) == label
         other.shadow.compared(agrees)
-        self.arms.count(stage, role, answer.model_s if answer.first else None)
+        self.arms.count(stage, role, _batch_of(answer))
         self.arms.agree(stage, agrees)
         stages = {"wait": answer.wait_s, "model": answer.model_s, "total": time.perf_counter() - began}
         self._record(inquiry, other, 0, "shadow", answer, stages, image, pixels.shape[:2])
@@ -288,3 +321,8 @@ class Answering:
                 "smaller image",
             )
         return height, width
+
+
+def _batch_of(answer: Answer) -> list[Batch]:
+    """The batch that gave an answer, told by one of its requests."""
+    return [Batch(answer.size, answer.model_s)] if answer.first else []

@@ -85,7 +85,7 @@ class Desk:
     metrics: Metrics
     log: PredictionLog
     feedback: Feedback
-    find: Callable[[str], Lookup]
+    find: Callable[[str, float], Lookup]
     """What was predicted for a request id."""
     keys: bool
     """Whether requests want one."""
@@ -167,8 +167,9 @@ class Api:
 
     async def open_inference(self, request: Request, told: Inquiry) -> Response:
         """See serving.open_inference."""
+        infers = len(await request.body()) if request.method == "POST" else None
         return await OpenInference(
-            lambda request, name, version: self.v2.model(V2Model, told, name, version, request.method == "POST"),
+            lambda request, name, version: self.v2.model(V2Model, told, name, version, infers),
             lambda request, name, version: self.v2.named(told, name, version),
             self._config.max_images,
         ).respond(request)

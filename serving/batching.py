@@ -52,6 +52,8 @@ class Answer:
     """Of the whole batch."""
     batch: int
     """Images in it, without padding."""
+    size: int
+    """With the padding."""
     first: bool
     """Of each batch one is."""
     heat_map: NDArray[np.float32] | None = None
@@ -240,7 +242,8 @@ class Batcher:
 
     def _answers(self, items: list[_Item]) -> list[Answer]:
         count = len(items)
-        buffer = self._buffers[next(size for size in self._buffers if size >= count)]
+        size = next(size for size in self._buffers if size >= count)
+        buffer = self._buffers[size]
         for row, item in enumerate(items):
             buffer[row] = item.work
         began = time.perf_counter()
@@ -251,7 +254,7 @@ class Batcher:
         self._expected, self._patient_until = count, ended + PATIENCE * took
         self._told(count)
         return [
-            Answer(probabilities[row], embeddings[row], began - item.at, took, count, row == 0)
+            Answer(probabilities[row], embeddings[row], began - item.at, took, count, size, row == 0)
             for row, item in enumerate(items)
         ]
 

@@ -1,6 +1,6 @@
 """Runs the HAProxies that take an endpoint's requests; a program of its own, without packages.
 
-    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "descriptors": {…}, "node": PID}'
+    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "descriptors": {…}, …}'
 
 They do what Ray Serve has written for its own, `follow`, at other sockets: those of whoever has started this, by their
 descriptors. While there is no HAProxy, because none has begun yet or it has died, whoever connects waits instead of
@@ -46,11 +46,14 @@ class Fault(Exception):
     """What Serve has written cannot be done."""
 
 
-def rewrite(text: str, descriptors: dict[str, int], directory: str) -> str | None:
+def rewrite(text: str, descriptors: dict[str, int], directory: str, starts: bool = False) -> str | None:
     """Serve's configuration for other listeners and other files; None where it knows nobody yet who would answer.
 
-    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. Raises Fault.
+    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. While an endpoint `starts`, the proxy that
+    stands in for replicas is nobody: whoever has waited would all go through it at once, seconds of its time. Raises
+    Fault.
     """
+    answers = r"^ *server \S+ (?!.* backup$)" if starts else r"^ *server \S+ "
     found: list[str] = []
     changed, backends = set(), 0
     for section in filter(None, re.split(r"^(?=\S)", text, flags=re.MULTILINE)):
@@ -68,7 +71,7 @@ def rewrite(text: str, descriptors: dict[str, int], directory: str) -> str | Non
             section, count = re.subn(r"^( *bind) \S+", rf"\1 fd@{descriptors[name]}", section, flags=re.MULTILINE)
             changed.update([name] * count)
         elif kind == "backend" and name.startswith(("http-", "grpc-")):
-            if not re.search(r"^ *server \S+ ", section, re.MULTILINE):
+            if not re.search(answers, section, re.MULTILINE):
                 return None
             backends += 1
         found.append(section)
@@ -88,10 +91,12 @@ class HAProxies:
         directory: str,
         descriptors: dict[str, int],
         node: int,
+        starts: bool,
         seen: int | None = None,
     ) -> None:
-        """`node` is the process whose end is its own; what was written at `seen`, in ns, is another endpoint's."""
-        self.follow, self.directory, self.seen = Path(follow), Path(directory), seen
+        """`node` is the process whose end is its own. Whether the endpoint `starts`, see `rewrite`; what was written at
+        `seen`, in ns, is then another endpoint's."""
+        self.follow, self.directory, self.starts, self.seen = Path(follow), Path(directory), starts, seen
         self.descriptors = descriptors
         self.command = [haproxy, "-db", "-f", f"{directory}/haproxy.cfg"]
         self.running: list[subprocess.Popen[bytes]] = []
@@ -173,7 +178,7 @@ class HAProxies:
         with open(f"{self.follow}.lock", "a") as written:
             fcntl.flock(written, fcntl.LOCK_SH)
             serves = self.follow.read_text()
-        text = rewrite(serves, self.descriptors, str(self.directory))
+        text = rewrite(serves, self.descriptors, str(self.directory), self.starts)
         if text is not None and text != self.text:
             draft = self.directory / "draft.cfg"
             draft.write_text(text)
@@ -187,7 +192,7 @@ class HAProxies:
                 raise Fault(f"HAProxy does not take it: {checked.stderr.strip()[-500:]}")
             self._keep_state()
             draft.replace(self.command[-1])
-            self.text = text
+            self.text, self.starts = text, False
             self.leaving += self.running
             self.running.clear()
             self._fill()

@@ -30,6 +30,7 @@ from serving.open_inference_tensors import (
     Output,
     Pixels,
     Tensor,
+    check_counts,
     check_name,
     checked,
     images_of,
@@ -129,8 +130,9 @@ def _read(body: bytes, json_length: int, model: Model, most: int) -> _Wanted:
         text = 'the request is not JSON: send {"inputs": [{"name", "shape", "datatype", "data"}]}'
         raise malformed(text) from None
     where = "the request"
-    inputs = _tensors(_field(document, "inputs", list, where), memoryview(body)[json_length:])
-    entries = _field(document, "outputs", list, where, [])
+    inputs, entries = _field(document, "inputs", list, where), _field(document, "outputs", list, where, [])
+    check_counts(inputs, entries)
+    tensor = _tensor(inputs[0], memoryview(body)[json_length:])
     usual = _field(_field(document, "parameters", dict, where, {}), "binary_data_output", bool, where, False)
     asked, raw = [], []
     for entry in entries:
@@ -140,32 +142,28 @@ def _read(body: bytes, json_length: int, model: Model, most: int) -> _Wanted:
         raw.append(_field(parameters, "binary_data", bool, "an output", usual))
     return _Wanted(
         _field(document, "id", str, where, None),
-        images_of(inputs, model, most),
+        images_of(tensor, model, most),
         checked(asked),
         raw or [usual] * len(OUTPUTS),
     )
 
 
-def _tensors(entries: Sequence[Any], rest: memoryview) -> list[Tensor]:
-    """The inputs, of which those that are raw follow one another in `rest`."""
-    where, found = "an input", []
-    for entry in entries:
-        name, datatype = _field(entry, "name", str, where), _field(entry, "datatype", str, where)
-        shape = _field(entry, "shape", list, where)
-        if not all(type(length) is int for length in shape):
-            raise malformed("shape of an input must be a list of whole numbers")
-        size = _field(_field(entry, "parameters", dict, where, {}), "binary_data_size", int, where, None)
-        if size is None:
-            data = _field(entry, "data", list, where)
-            found.append(Tensor(name, datatype, shape, _decoded(data) if datatype == "BYTES" else data))
-        elif 0 <= size <= len(rest):
-            found.append(Tensor(name, datatype, shape, rest[:size]))
-            rest = rest[size:]
-        else:
-            raise malformed(f"binary_data_size must be at most the {len(rest)} bytes that are left behind the JSON")
-    if rest:
-        raise malformed(f"{len(rest)} bytes belong to no tensor: say each one's binary_data_size")
-    return found
+def _tensor(entry: Any, rest: memoryview) -> Tensor:
+    """The input; where it is raw, it is all of `rest`."""
+    where = "an input"
+    name, datatype = _field(entry, "name", str, where), _field(entry, "datatype", str, where)
+    shape = _field(entry, "shape", list, where)
+    if not all(type(length) is int for length in shape):
+        raise malformed("shape of an input must be a list of whole numbers")
+    size = _field(_field(entry, "parameters", dict, where, {}), "binary_data_size", int, where, None)
+    if size is not None and not 0 <= size <= len(rest):
+        raise malformed(f"binary_data_size must be at most the {len(rest)} bytes that are left behind the JSON")
+    if unclaimed := len(rest) - (size or 0):
+        raise malformed(f"{unclaimed} bytes belong to no tensor: say each one's binary_data_size")
+    if size is not None:
+        return Tensor(name, datatype, shape, rest)
+    data = _field(entry, "data", list, where)
+    return Tensor(name, datatype, shape, _decoded(data) if datatype == "BYTES" else data)
 
 
 def _decoded(data: Sequence[Any]) -> list[bytes]:

@@ -20,6 +20,7 @@ from serving.open_inference_tensors import (
     Model,
     Named,
     Tensor,
+    check_counts,
     check_name,
     checked,
     images_of,
@@ -93,7 +94,7 @@ class InferenceService:
     """Answers the protocol's calls.
 
     `model_of(context, name, version, infers)` gives the model that answers a call, which may be for a version or, where
-    that is empty, for any, and may want more than metadata; `named(context, name, version)` gives the same for who only
+    that is empty, for any, and may infer from so many bytes; `named(context, name, version)` gives the same for who only
     wants to know whether it does, and loads nothing. They raise Refusal where none may. The server's metadata, liveness
     and readiness are answered without them. `local_only` refuses callers on other machines: a replica of Serve
     listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
@@ -102,7 +103,7 @@ class InferenceService:
 
     def __init__(
         self,
-        model_of: Callable[[Context, str, str, bool], Awaitable[Model]],
+        model_of: Callable[[Context, str, str, int | None], Awaitable[Model]],
         named: Callable[[Context, str, str], Awaitable[Named]],
         max_images: int,
         local_only: bool = False,
@@ -151,9 +152,10 @@ class InferenceService:
         self, request: messages.ModelInferRequest, grpc_context: Context
     ) -> messages.ModelInferResponse:
         """What the model says of the images; raw where the request is."""
-        model = await self.__model(request.model_name, request.model_version, grpc_context, infers=True)
+        model = await self.__model(request.model_name, request.model_version, grpc_context, request.ByteSize())
+        check_counts(request.inputs, request.outputs)
         asked = checked([Asked(output.name, _classification(output.parameters)) for output in request.outputs])
-        answers = await model.predict(images_of(_tensors(request), model, self.__max_images))
+        answers = await model.predict(images_of(_tensor(request), model, self.__max_images))
         response = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
         response.parameters["request_id"].string_param = answers.request_id
         for output in outputs_of(asked, model, answers):
@@ -166,7 +168,7 @@ class InferenceService:
                 getattr(told.contents, VALUES[output.datatype]).extend(encoded)
         return response
 
-    async def __model(self, name: str, version: str, context: Context, infers: bool = False) -> Model:
+    async def __model(self, name: str, version: str, context: Context, infers: int | None = None) -> Model:
         self.__check_caller(context)
         model = await self.__model_of(context, name, version, infers)
         check_name(model, name, version)
@@ -177,22 +179,16 @@ class InferenceService:
             raise Refusal(403, "forbidden", "this endpoint answers callers on its own machine only")
 
 
-def _tensors(request: messages.ModelInferRequest) -> list[Tensor]:
-    raw = request.raw_input_contents
+def _tensor(request: messages.ModelInferRequest) -> Tensor:
+    raw, entry = request.raw_input_contents, request.inputs[0]
     if raw and len(raw) != len(request.inputs):
         raise malformed(
             f"raw_input_contents has {len(raw)} entries for {len(request.inputs)} inputs: send one for each"
         )
-    if raw and any(entry.HasField("contents") for entry in request.inputs):
+    if raw and entry.HasField("contents"):
         raise malformed("the inputs have contents beside raw_input_contents: send either")
-    if raw:
-        data: list[Any] = [memoryview(tensor) for tensor in raw]
-    else:
-        data = [getattr(entry.contents, VALUES.get(entry.datatype, "bytes_contents")) for entry in request.inputs]
-    return [
-        Tensor(entry.name, entry.datatype, entry.shape, found)
-        for entry, found in zip(request.inputs, data, strict=True)
-    ]
+    data = memoryview(raw[0]) if raw else getattr(entry.contents, VALUES.get(entry.datatype, "bytes_contents"))
+    return Tensor(entry.name, entry.datatype, entry.shape, data)
 
 
 def _classification(parameters: Mapping[str, messages.InferParameter]) -> int:

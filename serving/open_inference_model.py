@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from serving.api import Api
 
 T = TypeVar("T", bound="V2Model")
+READ_BYTES = 64 * 1024
+"""Of a larger request nothing is read, and for none a model is loaded, for who may not ask."""
 
 
 class V2Model:
@@ -93,17 +95,15 @@ class V2Models:
     def __init__(self, api: "Api") -> None:
         self._api = api
 
-    async def model(self, kind: type[T], told: Inquiry, name: str, version: str, infers: bool) -> T:
-        """For metadata, or for one that infers: its key is asked for once its images are counted."""
+    async def model(self, kind: type[T], told: Inquiry, name: str, version: str, infers: int | None) -> T:
+        """For metadata, or to infer from so many bytes: its key is taken from once its images are counted."""
         api = self._api
-        if not infers or told.secret is None:
+        own = name in ("", api.answering.names[0])
+        if infers is None or told.secret is None:
             await api.admit(told, 0)
-        if not api.answering.shelf(name):
-            return kind(api, told, self._own(version), version)
-        if told.admission is None:
-            # Nothing is loaded for who may not ask.
+        elif infers > READ_BYTES or not own:
             await api.admit(told, 0, counts=False)
-        return kind(api, told, await api.answering.champion(name), version)
+        return kind(api, told, self._own(version) if own else await api.answering.champion(name), version)
 
     async def named(self, told: Inquiry, name: str, version: str) -> NamedVersion:
         """For who only wants to know whether it answers; nothing is loaded."""
@@ -112,7 +112,7 @@ class V2Models:
         found = await shelf.version(name) if shelf else self._own(version).version
         return NamedVersion(found.model, found.version)
 
-    async def call(self, context: Context, name: str, version: str, infers: bool) -> V2Call:
+    async def call(self, context: Context, name: str, version: str, infers: int | None) -> V2Call:
         """The same as `model`, over gRPC."""
         return await self.model(V2Call, _told(context), name, version, infers)
 

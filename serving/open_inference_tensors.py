@@ -154,12 +154,17 @@ def check_name(model: Named, name: str, version: str) -> None:
         raise Refusal(404, "not_found", text)
 
 
-def images_of(inputs: Sequence[Tensor], model: Model, most: int) -> Sequence[bytes] | Pixels:
-    """What a model is to look at. Raises Refusal for what does not fit it, and for more than `most` images."""
-    size = model.image_size
+def check_counts(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    """Raises Refusal for more than there can be: a request may hold millions, each of which would be read."""
     if len(inputs) != 1:
         raise malformed(f"the request has {len(inputs)} inputs: send either image or pixels")
-    tensor = inputs[0]
+    if len(outputs) > len(OUTPUTS):
+        raise malformed(f"the request has {len(outputs)} outputs: ask for each of {', '.join(OUTPUTS)} once at most")
+
+
+def images_of(tensor: Tensor, model: Model, most: int) -> Sequence[bytes] | Pixels:
+    """What a model is to look at. Raises Refusal for what does not fit it, and for more than `most` images."""
+    size = model.image_size
     datatypes = {"image": "BYTES", "pixels": "UINT8"}
     if tensor.name not in datatypes:
         raise malformed(f"there is no input {shown(tensor.name)}: send either image or pixels")

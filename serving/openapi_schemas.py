@@ -136,7 +136,11 @@ def schemas(classes: Sequence[str], image_size: int, max_images: int, several: b
                 "started": NUMBER,
                 "since": NUMBER,
                 "reason": {"type": ["string", "null"]},
-                "slow_s": {"type": ["number", "null"]},
+                "slow_s": {
+                    "type": "object",
+                    "additionalProperties": NUMBER,
+                    "description": "How many seconds a batch may take that is not slow, by its size",
+                },
                 "min_requests": COUNT,
                 "arms": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": COUNT}},
                 "tests": {

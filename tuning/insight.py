@@ -122,7 +122,7 @@ def in_words(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
         return ["No trial has reported a result."]
     best, epoch, value = found
     lines = [
-        f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after {epoch} epochs, "
+        f"Trial {best.number} is the best: {title(metric)} {told(metric, value)} after epoch {epoch}, "
         f"{settings_of(best)}."
     ]
     if front := front_of(trials, config):
@@ -138,7 +138,7 @@ def in_words(trials: Sequence[FrozenTrial], config: TuneConfig) -> list[str]:
         return lines + failures(trials)
     named = [f"{name} ({share:.0%})" for name, share in weights.items() if share >= MATTERS]
     lines.append(
-        f"What mattered, by the value after {compared.epoch} epochs: {', '.join(named)} of the differences."
+        f"What mattered, by the value after epoch {compared.epoch}: {', '.join(named)} of the differences."
         if named
         else "No single setting explains a tenth of the differences."
     )

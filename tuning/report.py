@@ -120,7 +120,7 @@ def _charts(trials: Sequence[FrozenTrial], config: TuneConfig) -> tuple[list[Cha
     weights = importances(compared)
     if not weights:
         return small, wide
-    name, plots = f"{title(config.metric)} after {compared.epoch} epochs", optuna.visualization.matplotlib
+    name, plots = f"{title(config.metric)} after epoch {compared.epoch}", optuna.visualization.matplotlib
 
     def slice_of(setting: str) -> Chart:
         return plotted_chart(

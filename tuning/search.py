@@ -282,7 +282,7 @@ def _summary(what: _Search, ledger: Ledger) -> dict[str, Any]:
     params = params_of(best)
     run.progress.say(
         f"  {states['COMPLETE']} finished, {states['PRUNED']} pruned, {states['FAIL']} failed; best: trial "
-        f"{best.number}, validation {title(metric)} {told(metric, value)} after {epochs} epochs ({settings_of(best)})"
+        f"{best.number}, validation {title(metric)} {told(metric, value)} after epoch {epochs} ({settings_of(best)})"
     )
     for trial in front:
         values = [

@@ -125,7 +125,7 @@ class TrialTable:
         ended = "finished" if told.outcome == "complete" else told.outcome
         mark = ", the best so far" if told.trial.directory == self._kept else ""
         value = shown(self._metric, row.best)
-        return f"trial {row.number} {ended} after {row.epochs} epochs: {title(self._metric)} {value}{mark}"
+        return f"trial {row.number} {ended} after epoch {row.epochs}: {title(self._metric)} {value}{mark}"
 
     def rendered(self) -> Table:
         """What runs, and what has ended last."""

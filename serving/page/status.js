@@ -28,7 +28,7 @@ const users = (share) => `${Number((100 * share).toPrecision(2))} % of users`;
 function whatItDoes({ state, share, reason, champion, candidate }) {
   const [old, fresh] = [`version ${champion.version}`, `version ${candidate.version}`];
   if (ENDED.includes(state)) return `${state === "promoted" ? fresh : old} answers all users. Why: ${reason}.`;
-  if (share > 0) return `${fresh} answers ${users(share)}, ${old} the others.`;
+  if (share > 0) return `${fresh} answers ${users(share)}${share < 1 ? `, ${old} the others` : ""}.`;
   return state === "loading" ? `${fresh} is being loaded beside ${old}.` : `${fresh} gets copies of what ${old} answers.`;
 }
 

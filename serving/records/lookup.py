@@ -50,9 +50,10 @@ class Kept(NamedTuple):
     """Of the requests, as a file of the last hour says."""
 
 
-def find_predictions(storage: Path, request_id: str) -> Lookup:
-    """The predictions of a request, of whichever model."""
-    hours = [hour for root in _roots(storage) for hour in list_hours(root)]
+def find_predictions(storage: Path, request_id: str, since: float = 0.0) -> Lookup:
+    """The predictions of a request, of whichever model; those that were made before `since`, Unix seconds, may lack."""
+    all_hours = [item for root in _roots(storage) for item in list_hours(root).items()]
+    hours = [hour for hour, begins in all_hours if begins.timestamp() + HOUR_S > since]
     made = time_of(request_id)
     # An answer may come in the hour after the one that its request began in.
     likely = set() if made is None else {hour_name(made), hour_name(made + HOUR_S)}

@@ -3,20 +3,29 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from serving.metrics.replica import Metrics
 from serving.rollout.director import Told
 from serving.rollout.split import takes_candidate
-from serving.rollout.state import CALIBRATION, Version, View
+from serving.rollout.state import CALIBRATION, Version, View, slow_from
 from serving.served import Role, Served
 
 COPIES = 64
 """Comparisons that may be under way; what comes on top is not compared."""
+COPIED: dict[str, Role] = {"shadow": "champion", "mirror": "candidate"}
 
 logger = logging.getLogger("ray.serve")
+
+
+class Batch(NamedTuple):
+    """What a model has answered together."""
+
+    size: int
+    """With the padding."""
+    took_s: float
 
 
 @dataclass
@@ -24,7 +33,7 @@ class _Seen:
     """What was seen in a stage and is not told yet."""
 
     outcomes: dict[str, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(dict))
-    latencies_s: list[float] = field(default_factory=list)
+    latencies_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def count(self, role: Role, fault: str, shows: bool) -> None:
         cell = self.outcomes[role].setdefault(fault, [0, 0])
@@ -107,10 +116,14 @@ class Arms:
         takes = mode == "mirror" or takes_candidate(who, self._view["salt"], self._view["share"])
         return candidate if takes else self._champion
 
+    @property
+    def copied(self) -> Role | None:
+        """Whose answers the other version gets copies of, where both are compared."""
+        return COPIED.get(self._view["mode"])
+
     def other(self, role: Role) -> Served | None:
         """Which version gets a copy of a request that `role` has answered, where both are compared."""
-        copied = {"shadow": "champion", "mirror": "candidate"}.get(self._view["mode"])
-        if self._candidate is None or role != copied or self._comparing >= COPIES:
+        if self._candidate is None or role != self.copied or self._comparing >= COPIES:
             return None
         return self._candidate if role == "champion" else self._champion
 
@@ -126,22 +139,22 @@ class Arms:
         self._comparing += 1
         self._keep(counted())
 
-    def count(self, stage: str, role: Role, batch_s: float | None = None, failed: bool = False) -> None:
+    def count(self, stage: str, role: Role, batches: Sequence[Batch] = (), failed: bool = False) -> None:
         """A request that `role` has answered, or failed at by its own doing.
 
-        `batch_s` is told by one request of each batch, as all of a batch take the same time: the test of what is slow
-        takes each for independent of the others. The time in the queue is that of both versions.
+        A batch is told by one of its requests, as all of them take the same time: the test of what is slow takes each
+        for independent of the others. The time in the queue is that of both versions.
         """
         view, seen = self._view, self._seen
         if not self.is_watching or stage != view["stage"]:
             return
         seen.count(role, "error", failed)
-        if batch_s is None:
-            return
-        if view["slow_s"] is not None:
-            seen.count(role, "slow", batch_s > view["slow_s"])
-        elif role == "champion" and len(seen.latencies_s) < CALIBRATION:
-            seen.latencies_s.append(batch_s)
+        for batch in batches:
+            if view["slow_s"]:
+                seen.count(role, "slow", batch.took_s > slow_from(view["slow_s"], batch.size))
+            is_new = role == "champion" and batch.size not in view["slow_s"]
+            if is_new and len(seen.latencies_s[batch.size]) < CALIBRATION:
+                seen.latencies_s[batch.size].append(batch.took_s)
 
     def agree(self, stage: str, agrees: bool) -> None:
         """Champion and candidate have answered the same image."""
@@ -165,7 +178,7 @@ class Arms:
             holds=self._candidate.version.digest if self._candidate else None,
             fault=self._fault,
             outcomes={role: {name: (n, k) for name, (n, k) in told.items()} for role, told in seen.outcomes.items()},
-            latencies_s=seen.latencies_s,
+            latencies_s=dict(seen.latencies_s),
         )
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ class RolloutConfig(Section):
     slow_tolerance: float = Field(default=0.10, gt=0, lt=1)
     """The same of slow batches."""
     slow_factor: float = Field(default=2.0, gt=1)
-    """A batch is slow that takes the model longer than this many times the champion's median when shadowed."""
+    """A batch is slow that takes the model longer than this many times the champion's median of that size."""
     max_disagreement: float = Field(default=0.25, gt=0, lt=1)
     """Share of images to which candidate and champion may give different labels. Two trainings of one recipe disagree
     about as often as both are wrong; a candidate that is much better than the champion needs more room."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypedDict
 
@@ -46,7 +46,8 @@ class Told(TypedDict):
     fault: str | None
     """Why the candidate cannot be held."""
     outcomes: Outcomes
-    latencies_s: Sequence[float]
+    latencies_s: Mapping[int, Sequence[float]]
+    """Of the champion's batches, by size."""
 
 
 class Director:
@@ -85,7 +86,7 @@ class Director:
             stage="",
             mode="off",
             share=0.0,
-            slow_s=None,
+            slow_s={},
             started=0.0,
             champion=asdict(self._serves),
             candidate=None,

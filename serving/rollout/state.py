@@ -16,7 +16,7 @@ from serving.rollout.status import harm_text, status_of
 
 ARMS = ("champion", "candidate")
 CALIBRATION = 100
-"""Latencies of the champion whose median says what is slow."""
+"""Latencies of the champion, of batches of one size, whose median says what is slow."""
 HELIO = "helio"
 """Who takes the steps that nobody ordered."""
 
@@ -41,7 +41,7 @@ class View(TypedDict):
     stage: str
     mode: str
     share: float
-    slow_s: float | None
+    slow_s: Mapping[int, float]
     started: float
     champion: dict[str, str]
     candidate: dict[str, str] | None
@@ -87,9 +87,10 @@ class Rollout:
     ended: Literal["promoted", "rolled_back", "aborted"] | None = None
     reason: str | None = None
     """Why it has ended."""
-    latencies_s: tuple[float, ...] = ()
-    slow_s: float | None = None
-    """Longer than this is slow; None until the champion has told."""
+    latencies_s: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """Of the champion's batches, by size."""
+    slow_s: Mapping[int, float] = field(default_factory=dict)
+    """A batch that takes longer is slow, by size, as far as the champion has told."""
     evidence: dict[str, Evidence] = field(default_factory=lambda: {fault: Evidence() for fault in FAULTS})
 
     @classmethod
@@ -145,7 +146,8 @@ class Rollout:
         - mirror: the candidate answers all; the champion gets copies, so that both are still seen at the same time;
         - off: `champion` answers alone, which is the candidate where it was promoted.
 
-        While `slow_s` is None, replicas send the champion's latencies; then they count what is slow.
+        Of batches whose size `slow_s` does not have, replicas send the champion's latencies; from the first one that it
+        has on they count what is slow.
         """
         answers = self.candidate if self.ended == "promoted" else self.champion
         return View(
@@ -171,11 +173,13 @@ class Rollout:
             return Change(self, None)
         return self._end("rolled_back", HELIO, f"replica {replica} cannot load the candidate: {why}", now)
 
-    def observe(self, stage: str, outcomes: Outcomes, now: float, latencies_s: Sequence[float] = ()) -> Change:
+    def observe(
+        self, stage: str, outcomes: Outcomes, now: float, latencies_s: Mapping[int, Sequence[float]] | None = None
+    ) -> Change:
         """Take in what both arms have seen in the same time, as a second of one replica, and see what follows.
 
         `stage` is that of the view under which it was counted: what belongs to an earlier one is passed over. Each
-        request is told once. `latencies_s` are the champion's, s.
+        request is told once. `latencies_s` are those of the champion's batches by size, s.
         """
         if self.ended or self.step == 0 or stage != self.stage:
             return Change(self, None)
@@ -187,7 +191,7 @@ class Rollout:
                 champion = Counts(candidate.n, 0)
             if champion.n or candidate.n:
                 evidence[fault] = evidence[fault].add(champion, candidate, self.config.tolerance(fault))
-        rollout = replace(self._calibrated(latencies_s), evidence=evidence)
+        rollout = replace(self._calibrated(latencies_s or {}), evidence=evidence)
         worst = max(FAULTS, key=lambda fault: evidence[fault].log_harm)
         if evidence[worst].log_harm >= self.config.harm_limit:
             return rollout._end("rolled_back", HELIO, harm_text(rollout, worst), now)
@@ -232,7 +236,8 @@ class Rollout:
             "champion": Version(**document["champion"]),
             "candidate": Version(**document["candidate"]),
             "config": RolloutConfig.model_validate(document["config"]),
-            "latencies_s": tuple(document["latencies_s"]),
+            "latencies_s": {int(size): tuple(heard) for size, heard in document["latencies_s"].items()},
+            "slow_s": {int(size): limit for size, limit in document["slow_s"].items()},
             "evidence": {fault: Evidence.from_dict(kept) for fault, kept in document["evidence"].items()},
         }
         return cls(**{**document, **given})
@@ -249,13 +254,15 @@ class Rollout:
             return ("load", "shadow")[self.step]
         return "split" if self.share < 1 else "mirror"
 
-    def _calibrated(self, latencies_s: Sequence[float]) -> "Rollout":
-        if self.slow_s is not None or not latencies_s:
-            return self
-        heard = (*self.latencies_s, *latencies_s)[:CALIBRATION]
-        if len(heard) < CALIBRATION:
-            return replace(self, latencies_s=heard)
-        return replace(self, latencies_s=(), slow_s=self.config.slow_factor * statistics.median(heard))
+    def _calibrated(self, latencies_s: Mapping[int, Sequence[float]]) -> "Rollout":
+        heard, slow_s = dict(self.latencies_s), dict(self.slow_s)
+        for size, told in latencies_s.items():
+            if size in slow_s:
+                continue
+            heard[size] = (*heard.get(size, ()), *told)[:CALIBRATION]
+            if len(heard[size]) == CALIBRATION:
+                slow_s[size] = self.config.slow_factor * statistics.median(heard.pop(size))
+        return replace(self, latencies_s=heard, slow_s=slow_s)
 
     def _has_earned(self, now: float) -> bool:
         return (
@@ -291,3 +298,16 @@ class Rollout:
         self._require_running()
         if self.step == 0:
             raise HelioError(f"the candidate is still loading: wait to {action} it, or abort")
+
+
+def slow_from(slow_s: Mapping[int, float], size: int) -> float:
+    """How long a batch of this size may take, s, by what is known of one size at least.
+
+    Of a size that is not known it is at most what a larger one may take, or else as many of the largest as make it up:
+    a batch takes no longer than a larger one, nor than its parts one after the other.
+    """
+    known = min((other for other in slow_s if other >= size), default=None)
+    if known is not None:
+        return slow_s[known]
+    largest = max(slow_s)
+    return slow_s[largest] * size / largest

@@ -21,7 +21,7 @@ def status_of(rollout: "Rollout") -> dict[str, Any]:
         "started": rollout.started,
         "since": rollout.since,
         "reason": rollout.reason,
-        "slow_s": rollout.slow_s,
+        "slow_s": {str(size): limit for size, limit in sorted(rollout.slow_s.items())},
         "min_requests": rollout.config.min_requests,
         "arms": {arm: _arm(rollout, arm) for arm in ("champion", "candidate")},
         "tests": {fault: _test(rollout, fault) for fault in FAULTS},

@@ -354,7 +354,7 @@ def test_the_page_of_results_tells_what_was_found(finished: Run) -> None:
     for part in (
         "test, 200 images 92.5% from scratch 90.0% +2.5 points",
         "80.0% random backbone 50.0% +30.0 points",
-        "trial 1, the best of 4: validation accuracy 90.0% after 2 epochs with learning_rate 0.00125",
+        "trial 1, the best of 4: validation accuracy 90.0% after epoch 2 with learning_rate 0.00125",
         "quickstart version 4 (champion), digest dddddddddddd",
         ENDPOINT,
         "60.0% of 5 held-out images right, median latency 11.5 ms",

@@ -27,11 +27,11 @@ from serving.records.config import RecordConfig
 from serving.records.feedback import Feedback
 from serving.records.log import PredictionLog
 from serving.records.lookup import find_predictions
-from serving.rollout.arms import Arms
+from serving.rollout.arms import Arms, Batch
 from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
 from serving.rollout.director import Director, Told
-from serving.rollout.state import Rollout, Version
+from serving.rollout.state import CALIBRATION, Rollout, Version
 from serving.served import BEHIND, Served
 from tests.serving.conftest import picture
 
@@ -154,7 +154,9 @@ def test_what_a_candidate_fails_at_the_champion_answers(directory: Path) -> None
             headers = {"accept": "application/x-ndjson"}
             lines = await one.client.post("/v1/predict", files=[("file", IMAGE)] * 2, headers=headers)
             assert lines.text.count('"version": "6"') == 2
-            assert (await one.told("error"))["outcomes"]["candidate"]["error"] == (3, 3)
+            outcomes = (await one.told("error"))["outcomes"]
+            # Both have been asked: that is what a candidate which answers nobody is rolled back for.
+            assert (outcomes["candidate"]["error"], outcomes["champion"]["error"]) == ((3, 3), (3, 0))
 
     asyncio.run(work())
 
@@ -240,6 +242,36 @@ def test_labels_that_users_give_are_counted_for_who_has_answered(directory: Path
     asyncio.run(work())
 
 
+def test_labels_of_what_a_candidate_has_answered_do_not_count_for_copies(directory: Path) -> None:
+    async def work() -> None:
+        async with replica(at(3), Model(0), Model(1), directory) as one:
+            answer = await one.ask()
+            await one.told("disagreement")
+            sent = {"request_id": answer["request_id"], "label": "a"}
+            assert (await one.client.post("/v1/feedback", json=sent)).status_code == 201
+            outcomes = (await one.told("wrong"))["outcomes"]
+            assert outcomes["candidate"]["wrong"] == (1, 1) and "wrong" not in outcomes.get("champion", {})
+
+    asyncio.run(work())
+
+
+def test_a_batch_is_slow_by_what_one_of_its_size_may_take(directory: Path) -> None:
+    """Some users send one image, some four: what the champion takes for one is no measure of four."""
+
+    async def work() -> None:
+        rollout = at(2).observe(at(2).stage, {}, 0.0, {1: [0.01] * CALIBRATION, 4: [0.04] * CALIBRATION}).rollout
+        async with replica(rollout, Model(0), Model(1), directory) as one:
+            for role in ("champion", "candidate"):
+                one.arms.count(rollout.stage, role, [Batch(1, 0.015), Batch(4, 0.06)])  # type: ignore[arg-type]
+            one.arms.count(rollout.stage, "candidate", [Batch(1, 0.06), Batch(8, 0.12)])
+            told = one.arms.take()
+            assert told is not None and told["latencies_s"] == {}
+            slow = {role: seen["slow"] for role, seen in told["outcomes"].items()}
+            assert slow == {"champion": (2, 0), "candidate": (4, 1)}
+
+    asyncio.run(work())
+
+
 # The control actor's part
 
 
@@ -250,7 +282,7 @@ def told(rollout_id: str, **more: Any) -> Told:
         "holds": None,
         "fault": None,
         "outcomes": {},
-        "latencies_s": [],
+        "latencies_s": {},
     }
     return Told(**{**plain, **more})  # type: ignore[typeddict-item]
 

@@ -133,6 +133,7 @@ def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> su
         "directory": str(directory),
         "descriptors": {"http": taken.fileno()},
         "node": node,
+        "starts": True,
     }
     command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[taken.fileno()])
@@ -190,6 +191,21 @@ def test_it_follows_serve_without_losing_a_request(front: Front) -> None:
             assert front.asked() == "b"
         front.serves(serves(a))
         eventually(lambda: front.asked() == "a")
+
+
+def test_who_waits_for_an_endpoint_that_starts_is_answered_by_its_replicas(front: Front) -> None:
+    """The proxy that stands in for replicas takes one request at a time: a crowd would wait for seconds there."""
+    with replica("a") as a, replica("stand-in") as stand_in, ThreadPoolExecutor(1) as user:
+        backup = f"    server fallback 127.0.0.1:{stand_in} check backup\n"
+        front.serves(serves().replace("listen stats", f"{backup}listen stats"))
+        begun = user.submit(front.asked)
+        time.sleep(3 * front_process.LOOK_S)
+        assert front.haproxies() == []
+        front.serves(serves(a).replace("listen stats", f"{backup}listen stats"))
+        assert begun.result() == "a"
+        # Later on it answers while there is no replica.
+        front.serves(serves().replace("listen stats", f"{backup}listen stats"))
+        eventually(lambda: front.asked() == "stand-in")
 
 
 def test_no_haproxy_is_left_behind_by_changes_in_quick_succession(front: Front) -> None:

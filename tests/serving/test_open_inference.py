@@ -69,7 +69,7 @@ class Fake:
         return self.for_key(request.headers.get("authorization"), version)
 
     async def for_call(
-        self, context: open_inference_grpc.Context, name: str, version: str, infers: bool = False
+        self, context: open_inference_grpc.Context, name: str, version: str, infers: int | None = None
     ) -> "Fake":
         return self.for_key(dict(context.invocation_metadata()).get("authorization"), version)
 

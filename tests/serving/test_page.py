@@ -314,13 +314,15 @@ def test_a_roll_out_is_watched(tab: Tab, endpoint: StandIn) -> None:
         ("loading", 0.0, None, "Version 8 is being loaded beside version 7."),
         ("shadow", 0.0, None, "Version 8 gets copies of what version 7 answers."),
         ("paused", 0.05, None, "Version 8 answers 5 % of users, version 7 the others."),
+        ("sharing", 1.0, None, "Version 8 answers 100 % of users."),
         ("rolled_back", 0.0, "its requests fail", "Version 7 answers all users. Why: its requests fail."),
         ("promoted", 1.0, "every step was earned", "Version 8 answers all users. Why: every step was earned."),
     ):
         endpoint.rollout = rollout_at(state, share, reason=reason)
         tab.wait(f"document.querySelector('#rollout-state').innerText === '{state.replace('_', ' ')}'")
         assert text(tab, "#rollout-says") == words
-        assert tab.evaluate("document.querySelector('#tests').checkVisibility()") is (state in ("shadow", "paused"))
+        shown = tab.evaluate("document.querySelector('#tests').checkVisibility()")
+        assert shown is (state in ("shadow", "paused", "sharing"))
     endpoint.rollout = None
     tab.wait("!document.querySelector('#rollout').checkVisibility()")
 

@@ -16,7 +16,7 @@ from cluster.schema import Document, validate
 from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
 from serving.rollout.split import takes_candidate
-from serving.rollout.state import CALIBRATION, Change, Entry, Rollout, Version
+from serving.rollout.state import CALIBRATION, Change, Entry, Rollout, Version, slow_from
 from serving.rollout.status import status_of
 
 OLD, NEW = Version("6", "sha256:old", "/b/6"), Version("7", "sha256:new", "/b/7")
@@ -73,13 +73,13 @@ class Traffic:
                 "champion": {"error": (champions, int(rng.binomial(champions, self.champion.error)))},
                 "candidate": {"error": (1, int(rng.random() < self.candidate.error))},
             }
-            if view["slow_s"] is not None:
+            if view["slow_s"]:
                 latency = self.candidate.median_s * slower * rng.lognormal(0, self.candidate.sigma)
-                outcomes["champion"]["slow"] = (champions, int((latencies > view["slow_s"]).sum()))
-                outcomes["candidate"]["slow"] = (1, int(latency > view["slow_s"]))
+                outcomes["champion"]["slow"] = (champions, int((latencies > view["slow_s"][1]).sum()))
+                outcomes["candidate"]["slow"] = (1, int(latency > view["slow_s"][1]))
             if both:
                 outcomes["candidate"]["disagreement"] = (1, int(rng.random() < self.candidate.disagreement))
-            told = latencies.tolist() if view["slow_s"] is None else []
+            told = {} if view["slow_s"] else {1: latencies.tolist()}
             self.take(self.rollout.observe(view["stage"], outcomes, NOON + self.asked, told))
         return self.rollout
 
@@ -150,7 +150,7 @@ def test_a_healthy_candidate_takes_every_step_and_is_promoted() -> None:
         "stage": "loading",
         "mode": "load",
         "share": 0.0,
-        "slow_s": None,
+        "slow_s": {},
         "started": NOON,
         "champion": {"version": "6", "digest": "sha256:old", "bundle": "/b/6"},
         "candidate": {"version": "7", "digest": "sha256:new", "bundle": "/b/7"},
@@ -223,10 +223,15 @@ def test_what_was_counted_in_another_stage_is_passed_over() -> None:
 def test_what_is_slow_is_told_by_the_champion() -> None:
     rollout = shadowed()
     for number in range(CALIBRATION):
-        assert rollout.view()["slow_s"] is None
-        rollout = rollout.observe("shadow", {}, NOON, [0.01 * (1 + number % 3)]).rollout
-    assert rollout.view()["slow_s"] == pytest.approx(2 * 0.02)
-    assert rollout.observe("shadow", {}, NOON, [9.0]).rollout == rollout
+        assert rollout.view()["slow_s"] == {}
+        rollout = rollout.observe("shadow", {}, NOON, {4: [0.01 * (1 + number % 3)]}).rollout
+    assert rollout.view()["slow_s"] == {4: pytest.approx(2 * 0.02)}
+    assert rollout.observe("shadow", {}, NOON, {4: [9.0]}).rollout == rollout
+    rollout = rollout.observe("shadow", {}, NOON, {1: [0.01] * CALIBRATION, 2: [0.01]}).rollout
+    limits = rollout.view()["slow_s"]
+    # A size of which too little is known may take as long as a larger one, or as its parts one after the other.
+    assert [slow_from(limits, size) for size in (1, 2, 4, 8)] == pytest.approx([0.02, 0.04, 0.04, 0.08])
+    assert Rollout.from_dict(json.loads(json.dumps(rollout.to_dict()))) == rollout
 
 
 # Harm

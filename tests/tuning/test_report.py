@@ -79,7 +79,7 @@ def test_a_report_says_what_mattered_and_which_range_is_exhausted(run: Run, caps
     assert weights["learning_rate"] > 0.8
     assert report_command(run, False, Output()) == 0
     said = capsys.readouterr().out
-    assert "What mattered, by the value after 2 epochs: learning_rate" in said
+    assert "What mattered, by the value after epoch 2: learning_rate" in said
     assert "learning_rate is exhausted at its upper end" in said
     assert "Hardly mattered" in said
     assert "3 trials failed: not finite." in said
