@@ -1,6 +1,7 @@
 """Keeps the noise of Ray, TensorFlow and their processes out of the user's way and in the run's log file."""
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -53,6 +54,10 @@ class Output:
     """The user's own standard output and error, kept apart from what the libraries print."""
 
     def __init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # What the terminal cannot show, a file's name or a class's, must not end a command.
+                stream.reconfigure(errors="replace")
         self.results: IO[str] = sys.stdout
         # A notebook shows what comes on standard error as a failure.
         self.messages: IO[str] = sys.stdout if in_notebook() else sys.stderr
@@ -116,5 +121,4 @@ def _kept(stream: IO[str]) -> contextlib.AbstractContextManager[IO[str]]:
         descriptor = -1
     if descriptor not in (1, 2):
         return contextlib.nullcontext(stream)
-    # A class name that the terminal cannot show must not end a run.
     return os.fdopen(os.dup(descriptor), "w", buffering=1, errors="replace")

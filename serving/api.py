@@ -70,9 +70,6 @@ SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/v1/rollout": "status", "/metrics": "status"}
 """What a key must be good for; everything else wants `predict`."""
 
-
-ORDER_S = 20.0
-"""How long a roll-out may take to begin: a registry is asked, and a bundle is read."""
 NOBODY = "somebody on this machine"
 """Who gives orders where no key is wanted and no user is named."""
 
@@ -86,7 +83,7 @@ class Desk:
     log: PredictionLog
     feedback: Feedback
     find: Callable[[str, float], Lookup]
-    """What was predicted for a request id."""
+    """What was predicted for a request id since a time, Unix seconds."""
     keys: bool
     """Whether requests want one."""
 
@@ -100,6 +97,7 @@ class Api:
     def __init__(self, arms: Arms, config: ServeConfig, desk: Desk, shelf: Shelf | None = None) -> None:
         """`shelf` has the other models, where there are any."""
         self.arms, self._config, self._desk = arms, config, desk
+        self.timeout_s = config.request_timeout_s
         self.answering = Answering(arms, config, desk.metrics, desk.log, desk.find, shelf)
         self.v2 = V2Models(self)
         self._page = page_files()
@@ -217,7 +215,7 @@ class Api:
         except HelioError as error:
             raise Refusal(400, "bad_request", str(error)) from None
         who = f"key {told.admission.key_id}" if told.admission else told.who or NOBODY
-        fault, document = await self._desk.link.ask("order", action, version, who, why, within_s=ORDER_S)
+        fault, document = await self._desk.link.order(action, version, who, why)
         if fault is not None:
             raise Refusal(409, "no_such_step", fault)
         return JSONResponse(document)
@@ -285,9 +283,8 @@ class Api:
             refusal = Refusal(error.status_code, code, f"{asked}: {error.detail}")
             refusal.headers = dict(error.headers or {})
         except Exception as error:
-            _log(request, error)
-            text = "the endpoint failed on this request; its log has the details under the request's id"
-            refusal = Refusal(500, "internal", text)
+            _log(told.request_id, error)
+            refusal = _internal()
         await self.settle(told, refusal)
         return JSONResponse(error_form(told.route, refusal), refusal.status, refusal.headers)
 
@@ -325,22 +322,32 @@ class Api:
             return error_document(error.code, error.message)
 
     async def _lines(self, images: list[bytes], options: Options, told: Inquiry) -> AsyncIterator[str]:
+        lost = 0
+
         async def one(place: int) -> str:
+            nonlocal lost
+
+            async def work(served: Served) -> dict[str, Any]:
+                found = await self._answer_or_error(images[place], place, options, told, served)
+                return {**_about(told, served), **found}
+
             try:
                 async with asyncio.timeout_at(told.deadline):
-                    found = await self.answering.reliably(
-                        told, lambda served: self._answer_or_error(images[place], place, options, told, served)
-                    )
+                    return _line(place, await self.answering.reliably(told, work))
             except TimeoutError:
-                late = too_slow(self._config.request_timeout_s)
-                told.code = late.code
-                found = error_document(late.code, late.message)
-            return json.dumps({"image": place, **_about(told), **found}) + "\n"
+                fault = too_slow(self._config.request_timeout_s)
+            except Exception as error:
+                _log(told.request_id, error)
+                fault = _internal()
+            told.code, lost = fault.code, lost + 1
+            return _line(place, {**_about(told), **error_document(fault.code, fault.message)})
 
         tasks = [asyncio.create_task(one(place)) for place in range(len(images))]
         try:
             for done in asyncio.as_completed(tasks):
                 yield await done
+            if lost and told.admission is not None:
+                await self._desk.link.refund(told.admission, lost)
         finally:
             for task in tasks:
                 task.cancel()
@@ -369,10 +376,20 @@ def _told(scope: Scope) -> Inquiry:
     )
 
 
-def _about(told: Inquiry) -> dict[str, Any]:
-    """What each answer says of itself."""
-    assert told.served is not None
-    return {"request_id": told.request_id, "model": told.served.identity}
+def _about(told: Inquiry, served: Served | None = None) -> dict[str, Any]:
+    """What each answer says of itself; `served` gives it where that is not the request's own version."""
+    served = served or told.served
+    assert served is not None
+    return {"request_id": told.request_id, "model": served.identity}
+
+
+def _line(place: int, found: dict[str, Any]) -> str:
+    return json.dumps({"image": place, **found}) + "\n"
+
+
+def _internal() -> Refusal:
+    text = "the endpoint failed on this request; its log has the details under the request's id"
+    return Refusal(500, "internal", text)
 
 
 def _switch(name: str, text: str) -> bool:
@@ -389,7 +406,7 @@ async def _live(receive: Receive, send: Send) -> None:
             return
 
 
-def _log(request: Request, error: Exception) -> None:
+def _log(request_id: str, error: Exception) -> None:
     logging.getLogger("ray.serve").error(
-        "request %s failed", request.headers.get("x-request-id"), exc_info=(type(error), error, error.__traceback__)
+        "request %s failed", request_id, exc_info=(type(error), error, error.__traceback__)
     )

@@ -21,7 +21,7 @@ from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
-from serving.config import PREDICTOR, ServeConfig
+from serving.config import PREDICTOR, SILENT_S, ServeConfig
 from serving.decoding import ASKED_AT_ONCE, PATIENCE_S, Decoder, Decoding
 from serving.gate import RequestGate, replica_environment
 from serving.link import Link
@@ -36,9 +36,6 @@ from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms
 from serving.rollout.state import Version
 from serving.served import Served, politely, runs_in_loop
-
-GRACEFUL_SHUTDOWN_S = 10.0
-"""What a leaving replica has for the requests that it still holds."""
 
 HEALTH_CHECK_S = 2.0
 """How soon a dead replica is replaced."""
@@ -173,7 +170,8 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
         },
         health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=30.0,
-        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
+        # A leaving replica goes as soon as it has answered what it still holds.
+        graceful_shutdown_timeout_s=config.request_timeout_s + SILENT_S,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},

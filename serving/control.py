@@ -113,7 +113,8 @@ class Control:
             await asyncio.sleep(PUBLISH_S)
             try:
                 await self.publish()
-            except HelioError:
+            except Exception:
+                # A full disk, too, is empty again some time.
                 logger.exception("the endpoint's state is not in the bucket yet")
 
     async def leave(self, replica: str) -> None:

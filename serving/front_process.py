@@ -49,9 +49,9 @@ class Fault(Exception):
 def rewrite(text: str, descriptors: dict[str, int], directory: str, starts: bool = False) -> str | None:
     """Serve's configuration for other listeners and other files; None where it knows nobody yet who would answer.
 
-    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. While an endpoint `starts`, the proxy that
-    stands in for replicas is nobody: whoever has waited would all go through it at once, seconds of its time. Raises
-    Fault.
+    `descriptors` are those of the sockets to listen at, by `http` and `grpc`. While an endpoint `starts`, the proxy
+    that stands in for replicas is nobody: whoever has waited would all go through it at once, seconds of its time.
+    Raises Fault.
     """
     answers = r"^ *server \S+ (?!.* backup$)" if starts else r"^ *server \S+ "
     found: list[str] = []
@@ -70,6 +70,8 @@ def rewrite(text: str, descriptors: dict[str, int], directory: str, starts: bool
                 continue
             section, count = re.subn(r"^( *bind) \S+", rf"\1 fd@{descriptors[name]}", section, flags=re.MULTILINE)
             changed.update([name] * count)
+            # What may have been carried out is not ordered again.
+            section = section.rstrip("\n") + "\n    http-request disable-l7-retry if { path /v1/rollout }\n"
         elif kind == "backend" and name.startswith(("http-", "grpc-")):
             if not re.search(answers, section, re.MULTILINE):
                 return None

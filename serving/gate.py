@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, ClassVar
 
 from starlette.datastructures import Headers
@@ -98,15 +97,24 @@ class RequestGate:
         waits for its slot."""
         deadline = self._deadlines.begin()
         scope[DEADLINE] = deadline.until
-        in_time = partial(self._deadlines.end, deadline)
+        has_begun = False
+
+        def begins() -> None:
+            nonlocal has_begun
+            has_begun = True
+            self._deadlines.end(deadline)
+
         try:
-            await self._app(scope, receive, _overload_in_json(scope, send, tell, in_time))
+            await self._app(scope, receive, _overload_in_json(scope, send, tell, begins))
         except asyncio.CancelledError:
             if not is_over(deadline.until):
                 raise
             raise too_slow(self._timeout_s) from None
         finally:
-            in_time()
+            self._deadlines.end(deadline)
+        # Serve returns where a request is cancelled that waits for its slot, and has answered nothing.
+        if not has_begun and is_over(deadline.until):
+            raise too_slow(self._timeout_s)
 
     async def _take_in(self, sent: dict[bytes, bytes], receive: Receive, body: list[bytes], has_arrived: bool) -> None:
         """Read the body, as one element; one that `has_arrived` needs no clock. Raises Refusal, or ClientDisconnect."""

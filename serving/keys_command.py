@@ -6,7 +6,6 @@ helio keys list quickstart
 helio keys revoke quickstart 3f1c0a9be512 --why "the secret was in a log"
 """
 
-import getpass
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from cluster.schema import nearest
 from cluster.storage import entries
 from cluster.tables import table_text
 from serving.admission import DAY_S, PERIODS, Key, Quota, Rate, moment
+from serving.client.calls import user_name
 from serving.endpoints import check_machine
 from serving.keys import KeyStore, control_db, publish_control
 
@@ -61,7 +61,7 @@ def create_command(
     options["expires"] = parse_expiry("never" if expires is None else expires, time.time())
     options["rate"], options["quota"] = parse_rate(rate, burst), parse_quota(quota)
     with closing(KeyStore(control_db(storage, model))) as store:
-        key, secret = store.create(name, who(), **options)
+        key, secret = store.create(name, user_name(), **options)
     publish_control(storage, model)
     if as_json:
         _print_json({"model": model, "key": _document(key), "secret": secret}, output)
@@ -112,7 +112,7 @@ def revoke_command(reference: str, storage: Path, key_id: str, why: str, as_json
     if not control_db(storage, model).exists():
         raise HelioError(f"no key has the id {key_id!r}: {model} has no key yet")
     with closing(KeyStore(control_db(storage, model))) as store:
-        key = store.revoke(key_id, who(), why)
+        key = store.revoke(key_id, user_name(), why)
     publish_control(storage, model)
     if as_json:
         _print_json({"model": model, "key": _document(key)}, output)
@@ -168,14 +168,6 @@ def parse_quota(text: str | None) -> Quota | None:
     if not found:
         raise HelioError(f"--quota must be images in a period as 1000/day, 1000/month or 1000/total, got {text!r}")
     return Quota(int(found[1]), found[2])
-
-
-def who() -> str:
-    """Who gives this command."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return f"user {os.getuid()}"
 
 
 def _described(key: Key) -> str:

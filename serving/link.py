@@ -21,6 +21,8 @@ ANSWER_S, REFUND_S = 5.0, 0.5
 """How long the control actor may take."""
 REGISTRY_S = 20.0
 """The same where it asks the registry."""
+ORDER_S = 20.0
+"""The same where a roll-out is to begin: a registry is asked, and a bundle is read."""
 
 
 class Asking:
@@ -48,8 +50,10 @@ class Asking:
 
     async def refund(self, admission: Admission, images: int) -> None:
         """Give back what a request has taken that was not answered."""
+        # Given back twice, images would be more than the quota has.
+        refund = self._control.refund.options(max_task_retries=0).remote
         try:
-            await asyncio.wait_for(self._control.refund.remote(admission.key_id, images, admission.at), REFUND_S)
+            await asyncio.wait_for(refund(admission.key_id, images, admission.at), REFUND_S)
         except TimeoutError:
             # It is asked, and does it once it can. The request is answered before.
             pass
@@ -67,6 +71,19 @@ class Asking:
                 503, "overloaded", "the state of the endpoint cannot be told now: try again", retry_after_s=1
             ) from None
 
+    async def order(self, *order: str) -> tuple[str | None, dict[str, Any]]:
+        """See `Control.order`. Raises Refusal where it cannot be told whether the order is carried out."""
+        try:
+            told = self._control.order.options(max_task_retries=0).remote(*order)
+            answer: tuple[str | None, dict[str, Any]] = await asyncio.wait_for(told, ORDER_S)
+            return answer
+        except Exception:
+            logging.getLogger("ray.serve").exception("an order has no answer")
+            # Who is told to come back would order it again.
+            raise Refusal(
+                504, "too_slow", "the order is not confirmed: see by `helio rollout status` whether it was carried out"
+            ) from None
+
     async def champion(self, model: str) -> ModelVersion | None:
         """The champion of another model. Raises Refusal where nobody can say."""
         found: ModelVersion | None = await self.ask("champion", model, within_s=REGISTRY_S)
@@ -75,12 +92,15 @@ class Asking:
     async def _ask(self) -> None:
         """What comes while the actor decides goes there together."""
         while self._asked:
-            asked, self._asked = self._asked, []
+            # Nothing is taken for who was refused meanwhile.
+            asked, self._asked = [one for one in self._asked if not one[1].done()], []
             try:
                 found = await self._control.admit.remote([ask for ask, _ in asked])
-                for (_, decided), admission in zip(asked, found, strict=True):
+                for (ask, decided), admission in zip(asked, found, strict=True):
                     if not decided.done():
                         decided.set_result(admission)
+                    elif admission.granted and ask.counts:
+                        await self.refund(admission, ask.images)
             except Exception as error:
                 for _, decided in asked:
                     if not decided.done():

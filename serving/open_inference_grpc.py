@@ -94,11 +94,11 @@ class InferenceService:
     """Answers the protocol's calls.
 
     `model_of(context, name, version, infers)` gives the model that answers a call, which may be for a version or, where
-    that is empty, for any, and may infer from so many bytes; `named(context, name, version)` gives the same for who only
-    wants to know whether it does, and loads nothing. They raise Refusal where none may. The server's metadata, liveness
-    and readiness are answered without them. `local_only` refuses callers on other machines: a replica of Serve
-    listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their
-    name, and gives the context by its own.
+    that is empty, for any, and may infer from so many bytes; `named(context, name, version)` gives the same for who
+    only wants to know whether it does, and loads nothing. They raise Refusal where none may. The server's metadata,
+    liveness and readiness are answered without them. `local_only` refuses callers on other machines: a replica of Serve
+    listens for calls on every address, also where the endpoint is at a loopback one. Serve calls methods by their name,
+    and gives the context by its own.
     """
 
     def __init__(

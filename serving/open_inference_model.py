@@ -12,6 +12,7 @@ from jobs.data.decode import Pixels
 from serving.admission import secret_of
 from serving.answering import Inquiry
 from serving.batching import Answer
+from serving.gate import too_slow
 from serving.open_inference_grpc import Context
 from serving.open_inference_tensors import Answers
 from serving.records.identity import new_request_id
@@ -72,6 +73,13 @@ class V2Call(V2Model):
             answers = await super().predict(images)
             status = 200
             return answers
+        except asyncio.CancelledError:
+            # By Serve, at its deadline; or the client has gone.
+            if time.perf_counter() - self._told.began >= self._api.timeout_s:
+                refusal = too_slow(self._api.timeout_s)
+                status = refusal.status
+                await self._api.settle(self._told, refusal)
+            raise
         except Exception as error:
             refusal = error if isinstance(error, Refusal) else Refusal(500, "internal", "the endpoint failed")
             status = refusal.status

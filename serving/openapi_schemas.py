@@ -142,6 +142,7 @@ def schemas(classes: Sequence[str], image_size: int, max_images: int, several: b
                     "description": "How many seconds a batch may take that is not slow, by its size",
                 },
                 "min_requests": COUNT,
+                "min_stage_s": NUMBER,
                 "arms": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": COUNT}},
                 "tests": {
                     "type": "object",

@@ -6,6 +6,7 @@ helio rollout abort --why "the labels were wrong"
 """
 
 import json
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.errors import HelioError
-from cluster.tables import shares_text
+from cluster.tables import duration_text, shares_text
 from serving.client import Client, endpoint_url
 from serving.client.answers import not_ours
 from serving.client.command import read_key
@@ -64,7 +65,8 @@ def status_command(endpoint: str | None, key_file: str | None, as_json: bool, ou
     rollout, audit = document["rollout"], document["audit"]
     if rollout is None:
         print(
-            "no version was rolled out yet: `helio rollout start --why WHY` begins with the candidate",
+            f"no version was rolled out {'since the endpoint was started' if audit else 'yet'}: `helio rollout start "
+            "--why WHY` begins with the candidate",
             file=output.results,
         )
     else:
@@ -106,6 +108,9 @@ def _needs(rollout: Mapping[str, Any]) -> str:
     open_tests = [TITLES[fault] for fault, test in rollout["tests"].items() if test["needed"] and test["safe"] < 1]
     if open_tests:
         waits.append(f"more evidence on {', '.join(open_tests)}")
+    left_s = rollout["since"] + rollout["min_stage_s"] - time.time()
+    if left_s > 0:
+        waits.append(f"{duration_text(left_s)} more")
     told = f"the next step wants {' and '.join(waits)}" if waits else "the next step is earned"
     return f"{told}, and a resume" if rollout["state"] == "paused" else told
 

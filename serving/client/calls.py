@@ -131,7 +131,7 @@ class Endpoint:
         """A step of a roll-out, by the name of the user where no key says who it is."""
         headers = {**self._all_headers(), "content-type": "application/json"}
         if "authorization" not in headers:
-            headers["x-user"] = quote(getpass.getuser())
+            headers["x-user"] = quote(user_name())
         given = {"action": action, "why": why, **({} if version is None else {"version": version})}
         return Request("POST", ROLLOUT, headers, json.dumps(given).encode(), once=True)
 
@@ -184,6 +184,15 @@ class Batch:
     def results(self) -> list[Prediction | ImageError]:
         """Of every image, in order, once all have been answered."""
         return [self._found[position] for position in range(len(self._images))]
+
+
+def user_name() -> str:
+    """Who gives a command."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user may have no name.
+        return f"user {os.getuid()}"
 
 
 def of_model(path: str, model: str | None) -> str:

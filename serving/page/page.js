@@ -94,12 +94,12 @@ async function nameModel() {
     element("image-size").textContent = `, at ${size} × ${size} pixels`;
     document.title = `${name} · helio`;
   } catch {
-    // The status panel tells of the same trouble, and asks again.
+    // Who watches the status asks again.
   }
 }
 
 listenForImages();
 listenForKey();
 watchStatus((model) => {
-  if (modelChanged(model)) nameModel();
+  if (!model || modelChanged(model)) nameModel();
 });

@@ -1,7 +1,7 @@
 // What runs now: replicas, what they have answered, and a roll-out with its figures. Asks while somebody can see it.
 
 import { ask, next } from "./api.js";
-import { count, milliseconds, percent, shortDigest } from "./words.js";
+import { count, milliseconds, percent, shortDigest, span } from "./words.js";
 
 const PERIOD_MS = 2000;
 const LONGEST_MS = 60_000;
@@ -63,9 +63,10 @@ function showTests(rollout) {
     return line;
   });
   element("tests").replaceChildren(head, ...lines);
+  const time = rollout.min_stage_s > 0 ? `, ${span(rollout.min_stage_s)}` : "";
   element("next-step").textContent =
     `Figures are of this stage. A step takes ${count(rollout.min_requests)} requests of version ` +
-    `${candidate.version}, and 100 % of evidence that it is no worse.`;
+    `${candidate.version}${time}, and 100 % of evidence that it is no worse.`;
 }
 
 function showRollout(rollout) {
@@ -97,7 +98,7 @@ function showStatus({ model, replicas, rollout, arms }) {
   say(element("summary"), `${running} ${running === 1 ? "replica" : "replicas"}${share}`);
 }
 
-// Never ends. `heard(model)` is called with what each status says of the model.
+// Never ends. `heard(model)` is called with what each status says of the model; with null where the key shows none.
 export async function watchStatus(heard) {
   const trouble = element("status-trouble");
   let shown = "";
@@ -117,8 +118,11 @@ export async function watchStatus(heard) {
       failures = 0;
     } catch (error) {
       failures++;
+      const isHidden = error.code === "missing_scope";
+      if (isHidden) heard(null);
       pause = Math.max(Math.min(LONGEST_MS, PERIOD_MS * 2 ** failures), 1000 * (error.retryAfter ?? 0));
-      say(trouble, `${last ? `No news since ${last.toLocaleTimeString()}: ` : ""}${error.message}`);
+      const since = last ? `No news since ${last.toLocaleTimeString()}: ` : "";
+      say(trouble, since + (isHidden ? "This key does not show how the endpoint is." : error.message));
     }
     trouble.hidden = failures === 0;
     element("news").classList.toggle("stale", failures > 0);

@@ -146,7 +146,7 @@ def _pretraining(made: dict[str, Any], notes: list[str]) -> dict[str, Any] | Non
     # <storage>/runs/<run>/pretrain/checkpoints/<step>
     parts = Path(checkpoint).parts
     known = {
-        "run": parts[parts.index("runs") + 1] if "runs" in parts[:-1] else None,
+        "run": parts[-4] if parts[-5:-4] == ("runs",) else None,
         "checkpoint": checkpoint,
         "weights_sha256": made.get("pretrain_weights_sha256"),
     }

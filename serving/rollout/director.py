@@ -12,6 +12,7 @@ from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
 from serving.rollout.state import HELIO, Change, Outcomes, Rollout, Version, View
 from serving.rollout.status import status_of
+from serving.upload import is_text
 
 ACTIONS = ("start", "pause", "resume", "promote", "abort")
 LONGEST = 1000
@@ -26,7 +27,7 @@ def read_order(body: bytes) -> tuple[str, str, str]:
         raise HelioError('the body is not JSON: send {"action", "why"}') from None
     if not isinstance(order, dict) or not {"action", "why"} <= order.keys() <= {"action", "why", "version"}:
         raise HelioError("the JSON must have action and why, and to start may have version")
-    if not all(isinstance(value, str) and value.strip() and len(value) <= LONGEST for value in order.values()):
+    if not all(is_text(value) and value.strip() and len(value) <= LONGEST for value in order.values()):
         raise HelioError(f"action, version and why must be text of 1 to {LONGEST} characters")
     if order["action"] not in ACTIONS:
         raise HelioError(f"action must be one of {', '.join(ACTIONS)}")
@@ -144,8 +145,8 @@ class Director:
         self._take(getattr(self._here, action)(who, why, self._clock()))
 
     def status(self) -> dict[str, Any] | None:
-        """How the roll-out stands that was started last."""
-        return None if self._rollout is None else status_of(self._rollout)
+        """How the last roll-out of this start of the endpoint stands: one of an earlier start says nothing of now."""
+        return None if self._here is None else status_of(self._here)
 
     def document(self) -> dict[str, Any]:
         """The same with the audit log."""

@@ -23,6 +23,7 @@ def status_of(rollout: "Rollout") -> dict[str, Any]:
         "reason": rollout.reason,
         "slow_s": {str(size): limit for size, limit in sorted(rollout.slow_s.items())},
         "min_requests": rollout.config.min_requests,
+        "min_stage_s": rollout.config.min_stage_s,
         "arms": {arm: _arm(rollout, arm) for arm in ("champion", "candidate")},
         "tests": {fault: _test(rollout, fault) for fault in FAULTS},
     }

@@ -142,7 +142,8 @@ def rollout_at(state: str, share: float, **more: Any) -> dict[str, Any]:
     }
     stage = f"{100 * share:g}%" if share else state
     champion = {name: CHAMPION[name] for name in ("version", "digest")}
-    told = {"id": "r1", "state": state, "stage": stage, "share": share, "min_requests": 100, "reason": None}
+    told = {"id": "r1", "state": state, "stage": stage, "share": share, "reason": None}
+    told |= {"min_requests": 100, "min_stage_s": 0}
     return {**told, "champion": champion, "candidate": CANDIDATE, "arms": arms, "tests": tests, **more}
 
 

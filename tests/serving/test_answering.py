@@ -1,6 +1,7 @@
 """A replica with two versions whose models do as they are told, and how it chooses, compares and counts."""
 
 import asyncio
+import json
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from cluster.errors import HelioError
 from jobs.data.decode import Pixels
 from jobs.registry import ModelVersion
 from serving.api import Api, Desk
@@ -30,7 +32,7 @@ from serving.records.lookup import find_predictions
 from serving.rollout.arms import Arms, Batch
 from serving.rollout.audit import AuditLog
 from serving.rollout.config import RolloutConfig
-from serving.rollout.director import Director, Told
+from serving.rollout.director import Director, Told, read_order
 from serving.rollout.state import CALIBRATION, Rollout, Version
 from serving.served import BEHIND, Served
 from tests.serving.conftest import picture
@@ -161,6 +163,18 @@ def test_what_a_candidate_fails_at_the_champion_answers(directory: Path) -> None
     asyncio.run(work())
 
 
+def test_what_fails_in_a_stream_is_said_and_counted(directory: Path) -> None:
+    async def work() -> None:
+        async with replica(at(1), Model(0, fail), Model(1), directory) as one:
+            files = [("file", IMAGE), ("file", b"none")]
+            lines = await one.client.post("/v1/predict", files=files, headers={"accept": "application/x-ndjson"})
+            found = {line["image"]: line["error"]["code"] for line in map(json.loads, lines.text.splitlines())}
+            assert found == {0: "internal", 1: "not_an_image"}
+            assert (await one.told("error", "champion"))["outcomes"]["champion"]["error"] == (1, 1)
+
+    asyncio.run(work())
+
+
 def test_a_candidate_that_hangs_takes_neither_user_nor_champion_with_it(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +289,13 @@ def test_a_batch_is_slow_by_what_one_of_its_size_may_take(directory: Path) -> No
 # The control actor's part
 
 
+@pytest.mark.parametrize("why", ["", " ", "\ud800", 7, "x" * 1001])
+def test_an_order_says_why_in_words(why: Any) -> None:
+    assert read_order(b'{"action": "pause", "why": "new labels"}') == ("pause", "candidate", "new labels")
+    with pytest.raises(HelioError, match="must be text of 1 to 1000 characters"):
+        read_order(json.dumps({"action": "pause", "why": why}).encode())
+
+
 def told(rollout_id: str, **more: Any) -> Told:
     plain: dict[str, Any] = {
         "salt": rollout_id,
@@ -313,6 +334,8 @@ def test_an_endpoint_that_starts_again_goes_on_where_it_stood(tmp_path: Path) ->
     assert again.view == first.view and again.view["mode"] == "shadow"
     again.order("promote", "ann", "good enough")
     assert again.champion == NEW and again.promoted == NEW
+    # Nobody is told that it answers now.
+    assert Director(log, "e3", OLD, RolloutConfig()).status() is None
     # The same start of the endpoint, whose control actor has died, serves what was promoted; another what it is given.
     assert Director(log, "e2", OLD, RolloutConfig()).champion == NEW
     assert Director(log, "e3", OLD, RolloutConfig()).champion == OLD

@@ -1,6 +1,7 @@
 """What stands around a replica, by itself: who sends slowly takes no place from others, nor memory without end."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -148,17 +149,27 @@ def test_what_does_not_arrive_in_time_is_cut() -> None:
     run(test, timeout_s=0.05)
 
 
-def test_what_gets_no_slot_in_time_is_refused_and_an_answer_that_has_begun_is_not() -> None:
+def test_what_gets_no_slot_in_time_is_refused_and_an_answer_that_has_begun_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.gate.LINGER_S", 0.05)
+
     async def slowly(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.sleep(0.15)
         await send({"type": "http.response.body", "body": b""})
 
+    async def swallowed(scope: Any, receive: Any, send: Any) -> None:
+        """As Serve does where a request waits for its slot."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(5)
+
     async def test(replica: Replica, gate: RequestGate) -> None:
-        waiting = Client(gate)
-        await waiting.send(b"a", False)
-        await waiting.task
-        assert waiting.status == 504 and waiting.error["code"] == "too_slow"
+        for one in (gate, RequestGate(swallowed, max_bytes=100, timeout_s=0.05, most_held=150)):
+            waiting = Client(one)
+            await waiting.send(b"a", False)
+            await waiting.task
+            assert waiting.status == 504 and waiting.error["code"] == "too_slow"
         begun = Client(RequestGate(slowly, max_bytes=100, timeout_s=0.05, most_held=150))
         await begun.send(b"a", False)
         await begun.task

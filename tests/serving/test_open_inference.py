@@ -410,6 +410,8 @@ FAULTS: dict[str, tuple[Any, int, str]] = {
     "no inputs": ({}, 400, "the request has no inputs"),
     "an empty list": ({"inputs": []}, 400, "0 inputs: send either image or pixels"),
     "both": ({"inputs": [image_input(), pixel_input()]}, 400, "2 inputs: send either image or pixels"),
+    "a million inputs": ({"inputs": [{}] * 10**6}, 400, "1000000 inputs: send either image or pixels"),
+    "a million outputs": ({"inputs": [image_input()], "outputs": [{"name": "label"}] * 10**6}, 400, "once at most"),
     "other name": ({"inputs": [image_input(name="x")]}, 400, "no input 'x': send either image or pixels"),
     "a long name": ({"inputs": [image_input(name="x" * 9999)]}, 400, "xxx...: send either"),
     "other datatype": ({"inputs": [image_input(datatype="UINT8", data=[1])]}, 400, "image must be BYTES, got 'UINT8'"),
@@ -574,9 +576,17 @@ GRPC_FAULTS: dict[str, tuple[Any, grpc.StatusCode, str]] = {
         "output 'x': ask for each of",
     ),
     "odd classification": (
-        infer_request(outputs=[{"name": "probabilities", "parameters": {"classification": {"string_param": "2"}}}]),
+        infer_request(
+            IMAGE, outputs=[{"name": "probabilities", "parameters": {"classification": {"string_param": "2"}}}]
+        ),
         grpc.StatusCode.INVALID_ARGUMENT,
         "must be an int64_param",
+    ),
+    "many inputs": (infer_request(*[IMAGE] * 9999), grpc.StatusCode.INVALID_ARGUMENT, "9999 inputs"),
+    "many outputs": (
+        infer_request(IMAGE, outputs=[{"name": "label"}] * 9999),
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "9999 outputs: ask for each of",
     ),
     "our fault": (
         infer_request(ONE_PIXELS, raw=[bytes([13]) * PIXELS[0].size]),

@@ -285,6 +285,14 @@ def test_a_key_is_asked_for_and_sent(tab: Tab, endpoint: StandIn, photo: Path) -
     assert tab.evaluate("[localStorage.length, document.cookie, location.search]") == [0, "", ""]
 
 
+def test_a_key_that_shows_no_status_names_the_model_all_the_same(tab: Tab, endpoint: StandIn, photo: Path) -> None:
+    missing = Refused(403, "missing_scope", "key 3f (a visitor) is good for predict, and this request needs status")
+    endpoint.refusals["/v1/status"] = [missing] * 9
+    ask(tab, endpoint, photo)
+    tab.wait("document.querySelector('#model').innerText.includes('version')")
+    assert text(tab, "#status-trouble") == "This key does not show how the endpoint is."
+
+
 def test_a_roll_out_is_watched(tab: Tab, endpoint: StandIn) -> None:
     hurry(tab)
     endpoint.rollout = rollout_at("sharing", 0.25)
