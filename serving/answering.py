@@ -184,7 +184,14 @@ class Answering:
         return answer
 
     def judge(self, request_id: str, image: int, label: str) -> None:
-        """A user says what an image shows: how right the versions were, counts in a roll-out. Once for each image."""
+        """A user says what an image shows: how right the versions were, counts in a roll-out. Once for each image.
+
+        Users look at the answer that they got, and may say a word only where it is wrong. Where all get the
+        candidate's, the champion, which gets copies, would be right by these labels where the candidate is not: they do
+        not count.
+        """
+        if self.arms.copied == "candidate":
+            return
         if self._judged_since != self.arms.started:
             self._judged_since, self._judged = self.arms.started, set()
         if not self.arms.is_watching or (request_id, image) in self._judged or len(self._judged) >= JUDGED:
@@ -209,14 +216,9 @@ class Answering:
                 logger.exception("the label of request %s is not counted", given.request_id)
                 continue
             for row in found.rows:
-                if row["image"] == given.image and row["label"] is not None and self._is_judged(row):
+                is_own = row["model"] == self.names[0] and row["at"].timestamp() >= self.arms.started
+                if is_own and row["image"] == given.image and row["label"] is not None:
                     self.arms.judge(row["digest"], row["label"] != given.label)
-
-    def _is_judged(self, row: Mapping[str, Any]) -> bool:
-        """Whether a label counts for this answer. Users look at the answer that they got, and may say a word only where
-        it is wrong: by these labels the champion, which got a copy, would be right where the candidate was not."""
-        is_copy = row["arm"] == "shadow" and row["digest"] == self.arms.champion.version.digest
-        return row["model"] == self.names[0] and row["at"].timestamp() >= self.arms.started and not is_copy
 
     def finish(self, inquiry: Inquiry, status: int) -> None:
         """Count an answered request."""

@@ -69,6 +69,8 @@ FLAGS = ("probabilities", "embedding", "heat_map")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 SCOPE_OF = {"/v1/feedback": "feedback", "/v1/status": "status", "/v1/rollout": "status", "/metrics": "status"}
 """What a key must be good for; everything else wants `predict`."""
+ORDER_S = 20.0
+"""How long a roll-out may take to begin: a registry is asked, and a bundle is read."""
 
 NOBODY = "somebody on this machine"
 """Who gives orders where no key is wanted and no user is named."""
@@ -202,7 +204,7 @@ class Api:
         return JSONResponse({"model": champion.identity, **found})
 
     async def rollout(self, request: Request, told: Inquiry) -> Response:
-        """The roll-out that was started last, and the audit log."""
+        """The last roll-out since the endpoint was started, and the audit log."""
         await self.admit(told, 0)
         return JSONResponse(await self._desk.link.ask("rollout"))
 
@@ -215,7 +217,9 @@ class Api:
         except HelioError as error:
             raise Refusal(400, "bad_request", str(error)) from None
         who = f"key {told.admission.key_id}" if told.admission else told.who or NOBODY
-        fault, document = await self._desk.link.order(action, version, who, why)
+        # Half of the time at least is left to say that nobody has answered.
+        within_s = min(ORDER_S, self.timeout_s / 2)
+        fault, document = await self._desk.link.order(action, version, who, why, within_s=within_s)
         if fault is not None:
             raise Refusal(409, "no_such_step", fault)
         return JSONResponse(document)

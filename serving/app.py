@@ -21,7 +21,7 @@ from cluster.profile import Profile
 from jobs.registry import ModelVersion
 from jobs.training.device import set_up_tensorflow
 from serving.api import Api, Desk
-from serving.config import PREDICTOR, SILENT_S, ServeConfig
+from serving.config import LEAVE_S, PREDICTOR, ServeConfig
 from serving.decoding import ASKED_AT_ONCE, PATIENCE_S, Decoder, Decoding
 from serving.gate import RequestGate, replica_environment
 from serving.link import Link
@@ -170,8 +170,7 @@ def build_application(config: ServeConfig, model: str, profile: Profile, control
         },
         health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=30.0,
-        # A leaving replica goes as soon as it has answered what it still holds.
-        graceful_shutdown_timeout_s=config.request_timeout_s + SILENT_S,
+        graceful_shutdown_timeout_s=config.request_timeout_s + LEAVE_S,
         graceful_shutdown_wait_loop_s=0.2,
         max_constructor_retry_count=2,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},

@@ -10,6 +10,9 @@ from serving.rollout.config import RolloutConfig
 
 APPLICATION, PREDICTOR = "helio", "Predictor"
 """What the endpoint is called in Ray Serve."""
+LEAVE_S = 10.0
+"""What a leaving replica has beyond a request's time. It goes as soon as all have heard that it does, what it still
+holds is answered, and its records are written."""
 SILENT_S = 2.0
 """Beyond `request_timeout_s`: when a replica that has said nothing is given up."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

@@ -28,7 +28,7 @@ from cluster.storage import local
 from jobs.bundle import Bundle
 from jobs.registry import ModelVersion, Registry
 from serving.client import Client, endpoint_url
-from serving.config import APPLICATION, SILENT_S, ServeConfig
+from serving.config import APPLICATION, LEAVE_S, SILENT_S, ServeConfig
 from serving.endpoints import announced
 from serving.https import find_certificate, https, notice, trust
 from serving.keys import KeyStore, control_db
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 KEY_EXPIRES_S = 3600.0
 """Also where the stage is killed before it revokes its key."""
+SHUTDOWN_S = 30.0
+"""How long Serve is waited for to end before it is told again: it waits no longer by itself."""
 READY_WITHIN_S = 60.0
 """From the application that runs to the first answer through its port."""
 
@@ -104,12 +106,23 @@ def _plain_endpoint(profile: Profile, config: ServeConfig, version: ModelVersion
             _wait_until_ready(url)
             yield url
     finally:
-        serve.shutdown()
+        _shut_down(config)
         try:
             ray.get(control.publish.remote())
         except ray.exceptions.RayError as error:
             logger.warning("what the endpoint has counted last is lost: %s", error)
         ray.kill(control)
+
+
+def _shut_down(config: ServeConfig) -> None:
+    """End Serve and its replicas, of which each has as long as a request may take."""
+    from ray import serve
+
+    for _ in range(math.ceil((config.request_timeout_s + LEAVE_S) / SHUTDOWN_S)):
+        began = time.monotonic()
+        serve.shutdown()
+        if time.monotonic() - began < SHUTDOWN_S:
+            return
 
 
 def start_control(profile: Profile, config: ServeConfig, version: ModelVersion, **more: Any) -> Any:

@@ -115,9 +115,11 @@ class Front:
         self._closed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._fault: str | None = None
+        self._seen: int | None = None
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             # What Serve has written there is of an endpoint before.
-            self._fault = self._start(starts=True, seen=follow.stat().st_mtime_ns if follow.exists() else None)
+            self._seen = follow.stat().st_mtime_ns if follow.exists() else None
+            self._fault = self._start()
         self._thread = threading.Thread(target=self._watch, name="front", daemon=True)
         if self._fault is None:
             self._thread.start()
@@ -154,7 +156,7 @@ class Front:
                 logging.getLogger(__name__).warning("the endpoint's ports are not open: %s", fault)
                 self._closed.wait(front_process.FAULT_S)
 
-    def _start(self, starts: bool = False, seen: int | None = None) -> str | None:
+    def _start(self) -> str | None:
         """Start the process with the sockets that this one has, or with new ones; why that cannot be."""
         for kind, place in self._places.items():
             if kind not in self._sockets:
@@ -164,7 +166,7 @@ class Front:
                     name = "serve.port" if kind == "http" else f"serve.{kind}_port"
                     return f"{name} {place[1]} on {place[0]} cannot be opened ({error.strerror}): set {name}=…"
         descriptors = {kind: taken.fileno() for kind, taken in self._sockets.items()}
-        settings = {**self._settings, "descriptors": descriptors, "starts": starts, "seen": seen}
+        settings = {**self._settings, "descriptors": descriptors, "seen": self._seen}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)],
             stdout=subprocess.PIPE,

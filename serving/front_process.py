@@ -1,6 +1,6 @@
 """Runs the HAProxies that take an endpoint's requests; a program of its own, without packages.
 
-    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "descriptors": {…}, …}'
+    python front_process.py '{"haproxy": PATH, "follow": PATH, "directory": PATH, "descriptors": {…}, "node": PID}'
 
 They do what Ray Serve has written for its own, `follow`, at other sockets: those of whoever has started this, by their
 descriptors. While there is no HAProxy, because none has begun yet or it has died, whoever connects waits instead of
@@ -38,6 +38,8 @@ FAULT_S = 1.0
 READY = "ready"
 PROCESSES = 4
 """That take requests: one that dies loses those of its own alone."""
+ORDERED_ONCE = "\n    http-request disable-l7-retry if { path /v1/rollout }"
+"""What may have been carried out is not asked of another replica."""
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)
 
@@ -68,10 +70,9 @@ def rewrite(text: str, descriptors: dict[str, int], directory: str, starts: bool
             name = name.removesuffix("_frontend")
             if name not in descriptors:
                 continue
-            section, count = re.subn(r"^( *bind) \S+", rf"\1 fd@{descriptors[name]}", section, flags=re.MULTILINE)
+            own = rf"\1 fd@{descriptors[name]}\2" + (ORDERED_ONCE if name == "http" else "")
+            section, count = re.subn(r"^( *bind) \S+(.*)", own, section, flags=re.MULTILINE)
             changed.update([name] * count)
-            # What may have been carried out is not ordered again.
-            section = section.rstrip("\n") + "\n    http-request disable-l7-retry if { path /v1/rollout }\n"
         elif kind == "backend" and name.startswith(("http-", "grpc-")):
             if not re.search(answers, section, re.MULTILINE):
                 return None
@@ -93,12 +94,10 @@ class HAProxies:
         directory: str,
         descriptors: dict[str, int],
         node: int,
-        starts: bool,
         seen: int | None = None,
     ) -> None:
-        """`node` is the process whose end is its own. Whether the endpoint `starts`, see `rewrite`; what was written at
-        `seen`, in ns, is then another endpoint's."""
-        self.follow, self.directory, self.starts, self.seen = Path(follow), Path(directory), starts, seen
+        """`node` is the process whose end is its own; what was written at `seen`, in ns, is another endpoint's."""
+        self.follow, self.directory, self.seen = Path(follow), Path(directory), seen
         self.descriptors = descriptors
         self.command = [haproxy, "-db", "-f", f"{directory}/haproxy.cfg"]
         self.running: list[subprocess.Popen[bytes]] = []
@@ -180,7 +179,8 @@ class HAProxies:
         with open(f"{self.follow}.lock", "a") as written:
             fcntl.flock(written, fcntl.LOCK_SH)
             serves = self.follow.read_text()
-        text = rewrite(serves, self.descriptors, str(self.directory), self.starts)
+        starts = not Path(self.command[-1]).exists()
+        text = rewrite(serves, self.descriptors, str(self.directory), starts)
         if text is not None and text != self.text:
             draft = self.directory / "draft.cfg"
             draft.write_text(text)
@@ -194,7 +194,7 @@ class HAProxies:
                 raise Fault(f"HAProxy does not take it: {checked.stderr.strip()[-500:]}")
             self._keep_state()
             draft.replace(self.command[-1])
-            self.text, self.starts = text, False
+            self.text = text
             self.leaving += self.running
             self.running.clear()
             self._fill()

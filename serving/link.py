@@ -21,8 +21,6 @@ ANSWER_S, REFUND_S = 5.0, 0.5
 """How long the control actor may take."""
 REGISTRY_S = 20.0
 """The same where it asks the registry."""
-ORDER_S = 20.0
-"""The same where a roll-out is to begin: a registry is asked, and a bundle is read."""
 
 
 class Asking:
@@ -33,6 +31,7 @@ class Asking:
         self._control = control
         self._asked: list[tuple[Ask, asyncio.Future[Admission]]] = []
         self._asking: asyncio.Task[None] | None = None
+        self._refunds: set[asyncio.Task[None]] = set()
 
     async def admit(self, ask: Ask) -> Admission:
         """Whether a request gets in. Raises Refusal where nobody can say."""
@@ -71,11 +70,11 @@ class Asking:
                 503, "overloaded", "the state of the endpoint cannot be told now: try again", retry_after_s=1
             ) from None
 
-    async def order(self, *order: str) -> tuple[str | None, dict[str, Any]]:
+    async def order(self, *order: str, within_s: float) -> tuple[str | None, dict[str, Any]]:
         """See `Control.order`. Raises Refusal where it cannot be told whether the order is carried out."""
         try:
             told = self._control.order.options(max_task_retries=0).remote(*order)
-            answer: tuple[str | None, dict[str, Any]] = await asyncio.wait_for(told, ORDER_S)
+            answer: tuple[str | None, dict[str, Any]] = await asyncio.wait_for(told, within_s)
             return answer
         except Exception:
             logging.getLogger("ray.serve").exception("an order has no answer")
@@ -92,15 +91,19 @@ class Asking:
     async def _ask(self) -> None:
         """What comes while the actor decides goes there together."""
         while self._asked:
-            # Nothing is taken for who was refused meanwhile.
+            # No image is taken from who was refused meanwhile.
             asked, self._asked = [one for one in self._asked if not one[1].done()], []
+            if not asked:
+                break
             try:
                 found = await self._control.admit.remote([ask for ask, _ in asked])
                 for (ask, decided), admission in zip(asked, found, strict=True):
                     if not decided.done():
                         decided.set_result(admission)
-                    elif admission.granted and ask.counts:
-                        await self.refund(admission, ask.images)
+                    elif admission.granted and ask.counts and ask.images:
+                        refund = asyncio.create_task(self.refund(admission, ask.images))
+                        self._refunds.add(refund)
+                        refund.add_done_callback(self._refunds.discard)
             except Exception as error:
                 for _, decided in asked:
                     if not decided.done():

@@ -192,7 +192,7 @@ def user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):
         # A container's user may have no name.
-        return f"user {os.getuid()}"
+        return f"uid-{os.getuid()}"
 
 
 def of_model(path: str, model: str | None) -> str:

@@ -147,7 +147,7 @@ class Client:
         return self._get("/v1/status")
 
     def rollout(self) -> dict[str, Any]:
-        """The roll-out that was started last, and its audit log. Raises EndpointError."""
+        """The last roll-out since the endpoint was started, and the audit log. Raises EndpointError."""
         return self._get(ROLLOUT)
 
     def order(self, action: str, why: str, version: str | None = None) -> dict[str, Any]:

@@ -19,10 +19,10 @@ export function describeModel() {
   return known;
 }
 
-// Takes note of the version that a status names; true where it is another than the one before.
+// Takes note of the version that a status names; true where it may be another than the one before.
 export function modelChanged(model) {
-  if (!model || model.digest === digest) return false;
-  digest = model.digest;
+  if (model && model.digest === digest) return false;
+  digest = model?.digest ?? null;
   known = null;
   heatMaps.offered = true;
   return true;

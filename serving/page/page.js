@@ -101,5 +101,5 @@ async function nameModel() {
 listenForImages();
 listenForKey();
 watchStatus((model) => {
-  if (!model || modelChanged(model)) nameModel();
+  if (modelChanged(model)) nameModel();
 });

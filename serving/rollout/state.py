@@ -236,8 +236,8 @@ class Rollout:
             "champion": Version(**document["champion"]),
             "candidate": Version(**document["candidate"]),
             "config": RolloutConfig.model_validate(document["config"]),
-            "latencies_s": {int(size): tuple(heard) for size, heard in document["latencies_s"].items()},
-            "slow_s": {int(size): limit for size, limit in document["slow_s"].items()},
+            "latencies_s": {size: tuple(heard) for size, heard in _by_size(document["latencies_s"]).items()},
+            "slow_s": _by_size(document["slow_s"]),
             "evidence": {fault: Evidence.from_dict(kept) for fault, kept in document["evidence"].items()},
         }
         return cls(**{**document, **given})
@@ -298,6 +298,11 @@ class Rollout:
         self._require_running()
         if self.step == 0:
             raise HelioError(f"the candidate is still loading: wait to {action} it, or abort")
+
+
+def _by_size(kept: Any) -> dict[int, Any]:
+    """JSON has no numbers as keys. What was not kept by size is measured anew."""
+    return {int(size): value for size, value in kept.items()} if isinstance(kept, dict) else {}
 
 
 def slow_from(slow_s: Mapping[int, float], size: int) -> float:

@@ -133,7 +133,6 @@ def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> su
         "directory": str(directory),
         "descriptors": {"http": taken.fileno()},
         "node": node,
-        "starts": True,
     }
     command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[taken.fileno()])
@@ -206,6 +205,25 @@ def test_who_waits_for_an_endpoint_that_starts_is_answered_by_its_replicas(front
         # Later on it answers while there is no replica.
         front.serves(serves().replace("listen stats", f"{backup}listen stats"))
         eventually(lambda: front.asked() == "stand-in")
+
+
+def test_an_order_is_not_asked_of_another_replica(front: Front) -> None:
+    died: list[str] = []
+
+    def die(handler: BaseHTTPRequestHandler) -> None:
+        died.append(handler.path)
+        handler.close_connection = True
+
+    with behind(lambda handler: text(handler, "a")) as a, behind(die) as b:
+        again = "option redispatch 1\n    retry-on conn-failure empty-response"
+        front.serves(serves(a, b).replace("retry-on conn-failure", again))
+        eventually(lambda: _answers(front))
+        lost = {}
+        for path in ("/v1/predict", "/v1/rollout"):
+            came = [requests.get(front.url + path, timeout=20).status_code for _ in range(12)]
+            lost[path] = came.count(502), died.count(path)
+    assert lost["/v1/predict"][0] == 0 < lost["/v1/predict"][1]
+    assert lost["/v1/rollout"][0] == lost["/v1/rollout"][1] > 0
 
 
 def test_no_haproxy_is_left_behind_by_changes_in_quick_succession(front: Front) -> None:

@@ -52,18 +52,17 @@ def test_who_is_told_to_come_back_has_used_nothing(monkeypatch: pytest.MonkeyPat
                 await asking.admit(Ask("helio_a", "predict", images))
         control.go.set()
         assert (await asking.admit(Ask("helio_a", "predict", 2))).granted
+        await asyncio.sleep(0)
         assert (control.asked, control.refunds) == ([3, 2], [("k1", 3, 7.0)])
 
     asyncio.run(work())
 
 
-def test_an_order_without_an_answer_is_not_to_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "ORDER_S", 0.05)
-
+def test_an_order_without_an_answer_is_not_to_be_given_again() -> None:
     async def work() -> None:
         control = Control()
         with pytest.raises(Refusal, match="`helio rollout status`") as caught:
-            await Asking(control).order("start", "7", "ann", "new labels")
+            await Asking(control).order("start", "7", "ann", "new labels", within_s=0.05)
         # A client comes back by itself for 503.
         assert (caught.value.status, len(control.ordered)) == (504, 1)
 
