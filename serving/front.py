@@ -105,7 +105,7 @@ class Front:
         self._own = self._lock()
         serves = Path(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC)
         follow = serves.parent / ray.get_runtime_context().get_node_id() / serves.name
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "haproxy": get_haproxy_binary(),
             "follow": str(follow),
             "directory": str(self._directory),
@@ -115,10 +115,10 @@ class Front:
         self._closed = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._fault: str | None = None
-        self._seen: int | None = None
         if not ray.get_runtime_context().was_current_actor_reconstructed:
             # What Serve has written there is of an endpoint before.
-            self._seen = follow.stat().st_mtime_ns if follow.exists() else None
+            seen = follow.stat().st_mtime_ns if follow.exists() else None
+            self._settings |= {"starts": True, "seen": seen}
             self._fault = self._start()
         self._thread = threading.Thread(target=self._watch, name="front", daemon=True)
         if self._fault is None:
@@ -166,7 +166,7 @@ class Front:
                     name = "serve.port" if kind == "http" else f"serve.{kind}_port"
                     return f"{name} {place[1]} on {place[0]} cannot be opened ({error.strerror}): set {name}=…"
         descriptors = {kind: taken.fileno() for kind, taken in self._sockets.items()}
-        settings = {**self._settings, "descriptors": descriptors, "seen": self._seen}
+        settings = {**self._settings, "descriptors": descriptors}
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)],
             stdout=subprocess.PIPE,

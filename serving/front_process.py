@@ -94,10 +94,14 @@ class HAProxies:
         directory: str,
         descriptors: dict[str, int],
         node: int,
+        starts: bool = False,
         seen: int | None = None,
     ) -> None:
-        """`node` is the process whose end is its own; what was written at `seen`, in ns, is another endpoint's."""
+        """`node` is the process whose end is its own. Of an endpoint that `starts` (see `rewrite`) what was written at
+        `seen`, in ns, is another one's."""
         self.follow, self.directory, self.seen = Path(follow), Path(directory), seen
+        # One that was here before may have followed it already.
+        self.starts = starts and not (self.directory / "haproxy.cfg").exists()
         self.descriptors = descriptors
         self.command = [haproxy, "-db", "-f", f"{directory}/haproxy.cfg"]
         self.running: list[subprocess.Popen[bytes]] = []
@@ -179,8 +183,7 @@ class HAProxies:
         with open(f"{self.follow}.lock", "a") as written:
             fcntl.flock(written, fcntl.LOCK_SH)
             serves = self.follow.read_text()
-        starts = not Path(self.command[-1]).exists()
-        text = rewrite(serves, self.descriptors, str(self.directory), starts)
+        text = rewrite(serves, self.descriptors, str(self.directory), self.starts)
         if text is not None and text != self.text:
             draft = self.directory / "draft.cfg"
             draft.write_text(text)
@@ -194,7 +197,7 @@ class HAProxies:
                 raise Fault(f"HAProxy does not take it: {checked.stderr.strip()[-500:]}")
             self._keep_state()
             draft.replace(self.command[-1])
-            self.text = text
+            self.text, self.starts = text, False
             self.leaving += self.running
             self.running.clear()
             self._fill()

@@ -133,6 +133,7 @@ def _start(directory: Path, follow: Path, node: int, taken: socket.socket) -> su
         "directory": str(directory),
         "descriptors": {"http": taken.fileno()},
         "node": node,
+        "starts": True,
     }
     command = [sys.executable, "-I", "-S", front_process.__file__, json.dumps(settings)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=[taken.fileno()])
