@@ -86,7 +86,7 @@ class Predictor(InferenceService):
 
         def load(found: ModelVersion) -> Served:
             with politely():
-                return Served(found, *batches, decoding, turn, runs_in_loop(threads, gpus))
+                return Served(found, *batches, decoding, turn, runs_in_loop(threads, gpus), gpus > 0)
 
         def load_own(version: Version) -> Served:
             return load(ModelVersion(model, version.version, Path(version.bundle), version.digest))

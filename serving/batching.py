@@ -2,7 +2,8 @@
 
 A lone request is answered at once, and under load batches grow by themselves while the model works on the one before.
 Most of those that were answered together ask again together: for a tenth of the time that their batch took, the next
-one waits to be as large. Batches are padded to a handful of sizes, each of which has run once before the first request.
+one waits to be as large. A handful of sizes has run before the first request. Where a model is compiled for each shape,
+batches are padded to these; on CPUs another size takes no longer the first time, and padding as long as images.
 
 A model has a thread of its own. One that is quick may run in the event loop instead, where its images arrive: that two
 threads wake each other and share the interpreter cost a model of half a millisecond a third of its answers.
@@ -26,7 +27,7 @@ from jobs.data.decode import Pixels
 FEW = 128
 """Scores that are sorted without NumPy."""
 PADDED_FROM = 0.75
-"""Of a batch's size; a model on CPUs takes as long for padding as for images."""
+"""Of a batch's size: a smaller part is not worth the padding."""
 PATIENCE = 0.1
 """Of the time that a batch has taken: so long its company is awaited again."""
 QUICK_S = 0.02
@@ -89,11 +90,14 @@ class Batcher:
         wait_s: float = 0.0,
         told: Callable[[int], None] = lambda size: None,
         turn: "threading.Lock | None" = None,
+        pads: bool = False,
     ) -> None:
         """`run` answers uint8 [n, *shape]; a batch that is not full waits up to `wait_s` for company; `told` is called
-        with the size of each. Models that share `turn` run one at a time: neither slows the other's batches."""
+        with the size of each. Models that share `turn` run one at a time: neither slows the other's batches. One that
+        `pads` meets the shapes alone that it has met before the first request."""
         self._run, self._wait_s, self._largest, self._told = run, wait_s, max_batch_size, told
-        self._buffers = {size: np.zeros((size, *shape), np.uint8) for size in batch_sizes(max_batch_size)}
+        self._sizes, self._pads = batch_sizes(max_batch_size), pads
+        self._buffer = np.zeros((max_batch_size, *shape), np.uint8)
         self._turn = turn or threading.Lock()
         self.in_loop = False
         """Whether a quick model runs in the event loop. It must be alone then: one that hangs takes the loop with it.
@@ -168,9 +172,9 @@ class Batcher:
     def _live(self, warm: "Future[None]") -> None:
         """Run once with each size of batch, then for those who ask. oneDNN keeps what it prepares by thread."""
         try:
-            for buffer in self._buffers.values():
-                first_s = self._seconds(buffer)
-            self._is_quick = not self._wait_s and first_s <= SLOW_S and self._seconds(buffer) <= QUICK_S
+            for size in self._sizes:
+                first_s = self._seconds(self._buffer[:size])
+            self._is_quick = not self._wait_s and first_s <= SLOW_S and self._seconds(self._buffer) <= QUICK_S
         except Exception as error:
             warm.set_exception(error)
             return
@@ -229,7 +233,7 @@ class Batcher:
     def _first(self) -> list[_Item]:
         """What waits longest and goes together, without those whose askers have gone."""
         items: list[_Item] = []
-        most = batch_of(len(self._waiting), list(self._buffers))
+        most = batch_of(len(self._waiting), self._sizes) if self._pads else self._largest
         while self._waiting and len(items) < most:
             if callable(self._waiting[0].work) and items:
                 break
@@ -242,8 +246,8 @@ class Batcher:
 
     def _answers(self, items: list[_Item]) -> list[Answer]:
         count = len(items)
-        size = next(size for size in self._buffers if size >= count)
-        buffer = self._buffers[size]
+        size = next(size for size in self._sizes if size >= count) if self._pads else count
+        buffer = self._buffer[:size]
         for row, item in enumerate(items):
             buffer[row] = item.work
         began = time.perf_counter()

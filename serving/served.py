@@ -53,9 +53,10 @@ class Served:
         decoding: Decoding,
         turn: threading.Lock,
         may_run_in_loop: bool = False,
+        pads: bool = False,
     ) -> None:
         """Versions that share `turn` run one at a time; one that `may_run_in_loop` does so while it is `alone`, if it
-        is quick. Raises CheckpointError when the bundle is not the registered one."""
+        is quick; for what `pads`, see `Batcher`. Raises CheckpointError when the bundle is not the registered one."""
         began = time.perf_counter()
         self.bundle: Bundle = version.open()
         self.version = version
@@ -64,7 +65,7 @@ class Served:
         self._loaded, self.decoding = _load(self.bundle), decoding
         blank = np.zeros((1, self.size, self.size, 3), np.uint8)
         self.dimension = self._loaded.predict_pixels(blank)[1].shape[1]
-        self._turn, self._may_run_in_loop = turn, may_run_in_loop
+        self._turn, self._may_run_in_loop, self._pads = turn, may_run_in_loop, pads
         self._batcher = self._batches_of(max_batch_size, wait_s)
         self._one_heat_map = asyncio.Lock()
         self.load_s = time.perf_counter() - began
@@ -98,6 +99,7 @@ class Served:
             wait_s,
             lambda size: self.arm.batch(size),
             self._turn,
+            self._pads,
         )
 
     async def decode(self, image: bytes, pixels: int) -> Pixels:

@@ -93,7 +93,7 @@ class Bench:
         cv2.setNumThreads(1)
         decoding = Decoding(ThreadPoolExecutor(resources.threads, thread_name_prefix="decode"))
         in_loop = runs_in_loop(resources.threads, resources.gpus)
-        self._served = Served(version, 1, 0.0, decoding, threading.Lock(), in_loop)
+        self._served = Served(version, 1, 0.0, decoding, threading.Lock(), in_loop, resources.gpus > 0)
         self._served.play("champion", Metrics("bench", version.model))
         self._served.alone(True)
         self._batches = (1, 0.0)

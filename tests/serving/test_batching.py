@@ -61,8 +61,8 @@ def test_what_waits_while_the_model_works_is_its_next_batch(model: HeldModel, ba
     answers = asyncio.run(ask())
     assert [float(answer.probabilities[0]) for answer in answers] == list(range(1, 11))
     assert [float(answer.embedding[0]) for answer in answers] == list(range(2, 12))
-    # One alone, six at once, and three that are padded to four.
-    assert model.sizes == [1, 6, 4]
+    # One alone, six at once, and three.
+    assert model.sizes == [1, 6, 3]
     assert [answer.batch for answer in answers] == [1, *[6] * 6, *[3] * 3]
 
 
@@ -268,6 +268,24 @@ def test_those_who_were_answered_together_are_awaited_together(
 
     asyncio.run(ask())
     assert model.sizes == [1, 2, 2]
+
+
+def test_a_model_that_is_compiled_for_each_shape_meets_those_it_has_met(model: HeldModel) -> None:
+    batcher = Batcher(model.run, (2, 2, 3), max_batch_size=6, pads=True)
+    model.held = True
+
+    async def ask() -> list[Answer]:
+        first = asyncio.ensure_future(batcher.ask(image(1)))
+        await asyncio.to_thread(model.began.acquire)
+        others = [asyncio.ensure_future(batcher.ask(image(value))) for value in range(2, 11)]
+        await asyncio.sleep(0)
+        model.go_on.release(3)
+        return await asyncio.gather(first, *others)
+
+    answers = asyncio.run(ask())
+    batcher.close()
+    assert model.sizes == [1, 6, 4]
+    assert [(answer.batch, answer.size) for answer in answers] == [(1, 1), *[(6, 6)] * 6, *[(3, 4)] * 3]
 
 
 def test_batches_are_padded_to_few_sizes() -> None:
