@@ -278,7 +278,7 @@ class Api:
             except asyncio.CancelledError:
                 if not is_over(told.deadline):
                     raise
-                raise too_slow(self._config.request_timeout_s) from None
+                raise too_slow(self.timeout_s) from None
         except Refusal as error:
             refusal = error
         except HTTPException as error:
@@ -339,7 +339,7 @@ class Api:
                 async with asyncio.timeout_at(told.deadline):
                     return _line(place, await self.answering.reliably(told, work))
             except TimeoutError:
-                fault = too_slow(self._config.request_timeout_s)
+                fault = too_slow(self.timeout_s)
             except Exception as error:
                 _log(told.request_id, error)
                 fault = _internal()

@@ -49,7 +49,9 @@ def image(value: int) -> Pixels:
     return np.full((2, 2, 3), value, np.uint8)
 
 
-def test_what_waits_while_the_model_works_is_its_next_batch(model: HeldModel, batcher: Batcher) -> None:
+def ask_ten(model: HeldModel, batcher: Batcher) -> list[Answer]:
+    """Images 1 to 10, the first of them alone; the others come while the model works on it."""
+
     async def ask() -> list[Answer]:
         first = asyncio.ensure_future(batcher.ask(image(1)))
         await asyncio.to_thread(model.began.acquire)
@@ -58,7 +60,11 @@ def test_what_waits_while_the_model_works_is_its_next_batch(model: HeldModel, ba
         model.go_on.release(3)
         return await asyncio.gather(first, *others)
 
-    answers = asyncio.run(ask())
+    return asyncio.run(ask())
+
+
+def test_what_waits_while_the_model_works_is_its_next_batch(model: HeldModel, batcher: Batcher) -> None:
+    answers = ask_ten(model, batcher)
     assert [float(answer.probabilities[0]) for answer in answers] == list(range(1, 11))
     assert [float(answer.embedding[0]) for answer in answers] == list(range(2, 12))
     # One alone, six at once, and three.
@@ -274,15 +280,7 @@ def test_a_model_that_is_compiled_for_each_shape_meets_those_it_has_met(model: H
     batcher = Batcher(model.run, (2, 2, 3), max_batch_size=6, pads=True)
     model.held = True
 
-    async def ask() -> list[Answer]:
-        first = asyncio.ensure_future(batcher.ask(image(1)))
-        await asyncio.to_thread(model.began.acquire)
-        others = [asyncio.ensure_future(batcher.ask(image(value))) for value in range(2, 11)]
-        await asyncio.sleep(0)
-        model.go_on.release(3)
-        return await asyncio.gather(first, *others)
-
-    answers = asyncio.run(ask())
+    answers = ask_ten(model, batcher)
     batcher.close()
     assert model.sizes == [1, 6, 4]
     assert [(answer.batch, answer.size) for answer in answers] == [(1, 1), *[(6, 6)] * 6, *[(3, 4)] * 3]
